@@ -1,0 +1,1 @@
+"""The framework-free engine: prompts, draft reading, selection, decoding."""

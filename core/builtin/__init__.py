@@ -1,0 +1,1 @@
+"""The bundled pair of small models (see MODEL_CARD.md)."""

@@ -1,0 +1,109 @@
+"""Frozen, validated options. Names follow the paper (arXiv 2506.08373) where it has one."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Pool = Literal["max", "mean"]
+Unit = Literal["token", "word", "sentence", "passage"]
+PositiveInt = Annotated[int, Field(ge=1, strict=True)]
+DEFAULT_CAPACITY = 1024
+
+
+class Options(BaseModel):
+    """Base of all options: immutable, unknown names refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class SpecPC(Options):
+    """Prompt compression by draft attention (paper section 4.2, Algorithm 2).
+
+    Args:
+        capacity: Budget in draft tokens for the whole prompt, 1024 unless `ratio` is given.
+        ratio: Budget as a share of the passage tokens, in (0, 1]; excludes `capacity`.
+        window_size: Number W of last prompt tokens whose attention rows are read and, in a bare
+            prompt without segments, always kept. Cut to the capacity and to the prompt length.
+        kernel_size: Width of the pooling over positions.
+        pool: "max", "mean" or None (no pooling).
+        reduction: How rows, heads and layers are merged, "max" or "mean".
+        neighbor_tokens: A selected token brings this many tokens, itself included, centred on
+            it; None means `kernel_size`, 0 or 1 the token alone. Used with `unit="token"` and
+            `unit="word"`.
+        starting_layer: First draft layer that is read; None means min(8, layers // 2).
+        lookahead_tokens: Draft tokens generated; the rows of all but the last are read too.
+            None means the generation's `max_new_tokens`.
+        weighted_query: Weight row j of the W window rows by j / (W - 1), newest 1.
+        unit: What is kept or dropped as a whole: a "token" as in the paper, or a "word",
+            "sentence" or "passage", which never cuts a number, identifier or URL.
+        gap_marker: Text put where something was left out between kept spans; None for a space.
+        drop_empty: Leave out passages of which nothing is kept (else they stay, empty).
+    """
+
+    capacity: PositiveInt | None = None
+    ratio: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    window_size: PositiveInt = 64
+    kernel_size: PositiveInt = 32
+    pool: Pool | None = "max"
+    reduction: Pool = "max"
+    neighbor_tokens: Annotated[int, Field(ge=0, strict=True)] | None = None
+    starting_layer: Annotated[int, Field(ge=0, strict=True)] | None = None
+    lookahead_tokens: PositiveInt | None = 1
+    weighted_query: bool = True
+    unit: Unit = "token"
+    gap_marker: str | None = " … "
+    drop_empty: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_budget(cls, values: object) -> object:
+        if not isinstance(values, dict):
+            return values
+        if values.get("capacity") is not None and values.get("ratio") is not None:
+            raise ValueError("capacity and ratio exclude each other: give one of them.")
+        if values.get("ratio") is None and values.get("capacity") is None:
+            return {**values, "capacity": DEFAULT_CAPACITY}
+        return values
+
+    @property
+    def neighbors(self) -> int:
+        """Tokens a selected token brings, itself included (at least 1)."""
+        return max(1, self.kernel_size if self.neighbor_tokens is None else self.neighbor_tokens)
+
+
+class Generation(Options):
+    """How the target decodes. Temperature 0 is greedy; the same seed gives the same output.
+
+    Args:
+        max_new_tokens: Most tokens generated.
+        temperature: 0 for greedy, else the sampling temperature.
+        top_p: Nucleus size for sampling, in (0, 1].
+        top_k: Sample among the k likeliest tokens; 0 for all.
+        min_p: Drop tokens below this share of the likeliest one's probability.
+        repetition_penalty: 1.0 for none (Keskar et al., 2019).
+        stop: Strings that end the answer; none of them is part of its text.
+        seed: Seed of the sampling; None draws a fresh one.
+    """
+
+    max_new_tokens: PositiveInt = 256
+    temperature: Annotated[float, Field(ge=0.0)] = 0.0
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    top_k: Annotated[int, Field(ge=0)] = 0
+    min_p: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
+    repetition_penalty: Annotated[float, Field(gt=0.0)] = 1.0
+    stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    seed: Annotated[int, Field(ge=0)] | None = None
+
+
+class Quantization(Options):
+    """Weight quantisation by bitsandbytes, on CPU or CUDA.
+
+    Args:
+        bits: 4 (nf4) or 8 (LLM.int8).
+        double_quant: Quantise the 4-bit scales too; saves about 0.4 bits a weight.
+    """
+
+    bits: Literal[4, 8] = 4
+    double_quant: bool = False

@@ -1,0 +1,31 @@
+"""Every error draftsieve raises on purpose; each message says what happened and what to do."""
+
+from __future__ import annotations
+
+
+class DraftSieveError(Exception):
+    """Base class of all draftsieve errors."""
+
+
+class PromptError(DraftSieveError, ValueError):
+    """The request itself cannot be read: an empty question, a template that drops the text, ..."""
+
+
+class BudgetError(DraftSieveError, ValueError):
+    """The budget cannot hold what must be kept (system text, question, template)."""
+
+
+class ModelError(DraftSieveError, ValueError):
+    """A model cannot do what is asked of it (unsupported attention, missing draft, ...)."""
+
+
+class ModelNotFoundError(ModelError, FileNotFoundError):
+    """A model id or folder does not exist or cannot be reached."""
+
+
+class MissingExtraError(DraftSieveError, ImportError):
+    """An optional dependency is not installed; the message names the pip command."""
+
+
+class OutOfMemoryError(DraftSieveError, MemoryError):
+    """The machine ran out of memory; the message names the models' footprints."""

@@ -1,0 +1,170 @@
+"""The values that flow through draftsieve, in order; all frozen."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Passage:
+    """One retrieved text. `id` defaults to its place ("1", "2", ...) once it is in a prompt."""
+
+    text: str
+    id: str | None = None
+    metadata: Mapping[str, Any] = field(default_factory=dict, hash=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Kept characters start..end (end exclusive) of a passage's ORIGINAL text, with their score."""
+
+    passage_id: str
+    start: int
+    end: int
+    score: float
+    passage_index: int  # place of the passage in the request, from 0 (ids may repeat)
+
+
+class Segment(IntEnum):
+    """Where a prompt token comes from. Only PASSAGE tokens may be dropped."""
+
+    TEMPLATE = 0  # written by the chat template
+    SYSTEM = 1
+    MESSAGE = 2  # earlier turns, and the text around documents
+    QUESTION = 3  # the last user message without its documents
+    NUMBER = 4  # "[3] " in front of a passage
+    PASSAGE = 5
+
+
+@dataclass(frozen=True, slots=True)
+class PromptTokens:
+    """A tokenised prompt that remembers where each token comes from.
+
+    `start` and `end` are character offsets into the original text of the token's passage; they are
+    -1 for tokens of other segments. Tokens of one multi-byte character share its span.
+    """
+
+    ids: torch.Tensor  # (tokens,) int64
+    segment: torch.Tensor  # (tokens,) int8, values of Segment
+    passage: torch.Tensor  # (tokens,) int32, index of the passage or -1
+    start: torch.Tensor  # (tokens,) int32
+    end: torch.Tensor  # (tokens,) int32
+
+    def __len__(self) -> int:
+        return int(self.ids.numel())
+
+    @property
+    def protected(self) -> torch.Tensor:
+        """(tokens,) bool: True where the token must be kept."""
+        return self.segment != int(Segment.PASSAGE)
+
+
+@dataclass(frozen=True, slots=True)
+class DraftReading:
+    """What the draft made of a prompt."""
+
+    scores: torch.Tensor  # (tokens,) float32, before pooling
+    lookahead_ids: torch.Tensor  # (lookahead,) int64, the draft's guessed answer
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """Kept prompt positions, always ascending."""
+
+    indices: torch.Tensor  # (kept,) int64
+    pooled_scores: torch.Tensor  # (tokens,) float32
+
+
+@dataclass(frozen=True, slots=True)
+class CompressionStats:
+    """Sizes in draft tokens (of the whole prompt and of its passages) and seconds per stage.
+
+    `fallback` says why the passages came back unchanged although compression was asked for;
+    it is None otherwise.
+    """
+
+    prompt_tokens: int
+    compressed_prompt_tokens: int
+    passage_tokens: int
+    compressed_passage_tokens: int
+    compressed: bool
+    seconds: Mapping[str, float] = field(default_factory=dict, hash=False)
+    fallback: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PassageStats:
+    """Sizes of one passage in draft tokens, and the best score among its tokens (0 if unread)."""
+
+    tokens: int
+    compressed_tokens: int
+    score: float
+
+
+@dataclass(frozen=True, slots=True)
+class CompressedContext:
+    """The result of `Compressor.compress`: passages in their order, shortened.
+
+    `spans` and `sizes` describe every passage of the request; `passages` lacks the empty ones if
+    `drop_empty` was asked for, and `indices` tells each one's place in the request.
+    """
+
+    text: str  # the numbered passages as they stand in the target's prompt
+    passages: tuple[Passage, ...]
+    indices: tuple[int, ...]
+    spans: tuple[Span, ...]
+    sizes: tuple[PassageStats, ...]
+    stats: CompressionStats
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens of one request, counted by the target's tokenizer."""
+
+    original_prompt_tokens: int
+    prompt_tokens: int  # what the target really read
+    completion_tokens: int
+
+    @property
+    def total_tokens(self) -> int:
+        """Prompt and completion tokens that the target processed."""
+        return self.prompt_tokens + self.completion_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What the target said, with the spans it was given and what they cost."""
+
+    text: str
+    spans: tuple[Span, ...]
+    usage: Usage
+    timings: Mapping[str, float]  # seconds per stage
+    finish_reason: str  # "stop" (end token), "stop_string" or "length"
+    lookahead: str | None = None  # the draft's guessed answer, where a method made one
+    context: CompressedContext | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A piece of a streamed answer; the last one carries the whole `Answer`."""
+
+    text: str
+    answer: Answer | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """Every intermediate of one request on bare token ids (see DESIGN, `Engine.trace`)."""
+
+    output_ids: torch.Tensor  # (new tokens,) int64
+    draft_scores: torch.Tensor | None = None  # (tokens,) float32, before pooling
+    pooled_scores: torch.Tensor | None = None  # (tokens,) float32
+    kept_prompt_indices: torch.Tensor | None = None  # (kept,) int64, ascending
+    lookahead_ids: torch.Tensor | None = None  # (lookahead,) int64
+    kv_scores: Sequence[torch.Tensor] = field(default_factory=tuple)
+    kept_kv_indices: Sequence[Sequence[torch.Tensor]] = field(default_factory=tuple)

@@ -1,0 +1,62 @@
+"""draftsieve: a small draft model reads the prompt first; only what matters reaches the target."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from draftsieve.core.compressor import Compressor
+    from draftsieve.core.config import Generation, Quantization, SpecPC
+    from draftsieve.core.engine import Engine
+    from draftsieve.core.errors import DraftSieveError
+    from draftsieve.core.prompt import Prompt
+    from draftsieve.core.types import Answer, Chunk, CompressedContext, Passage, Span, Trace
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Answer": "types",
+    "Chunk": "types",
+    "CompressedContext": "types",
+    "Compressor": "compressor",
+    "DraftSieveError": "errors",
+    "Engine": "engine",
+    "Generation": "config",
+    "Passage": "types",
+    "Prompt": "prompt",
+    "Quantization": "config",
+    "Span": "types",
+    "SpecPC": "config",
+    "Trace": "types",
+}
+
+__all__ = [
+    "Answer",
+    "Chunk",
+    "CompressedContext",
+    "Compressor",
+    "DraftSieveError",
+    "Engine",
+    "Generation",
+    "Passage",
+    "Prompt",
+    "Quantization",
+    "Span",
+    "SpecPC",
+    "Trace",
+    "__version__",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used, so that `import draftsieve` stays light."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'draftsieve' has no attribute {name!r}")
+    value = getattr(import_module(f"draftsieve.core.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

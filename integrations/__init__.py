@@ -1,0 +1,1 @@
+"""Framework adapters and the command line; each adapter is one core call."""

@@ -1,0 +1,1 @@
+"""Retrievers that find passages before the draft sieves them."""
