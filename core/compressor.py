@@ -1,0 +1,348 @@
+"""`Compressor`: the draft alone. Question and passages in, shorter passages out.
+
+encode -> read with the draft -> rank the units -> fit the budget. Nothing here needs a target.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .config import Generation, Quantization, SpecPC
+from .draft import read_draft
+from .encoding import PromptEncoder
+from .errors import BudgetError, ModelError
+from .kept import fit, rank_units, scored_spans
+from .models import context_window, explain_out_of_memory, load_model
+from .prompt import DEFAULT_SYSTEM, Prompt
+from .specpc import token_budget
+from .types import (
+    CompressedContext,
+    CompressionStats,
+    Passage,
+    PassageStats,
+    PromptTokens,
+    Segment,
+)
+from .windows import group_texts, plan_groups, spread_scores
+
+logger = logging.getLogger(__name__)
+OnError = Literal["raise", "original"]
+Bounds = Sequence[Sequence[tuple[int, int]]]
+
+
+class Compressor:
+    """Shortens retrieved passages with a draft model's attention (SpecPC).
+
+    Safe to use from several threads at once.
+
+    Args:
+        model: The draft, any causal model of transformers' attention interface.
+        tokenizer: Its tokenizer (with a fast backend).
+        template_options: Extra arguments of the chat template, such as `enable_thinking`.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        template_options: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        self.encoder = PromptEncoder(tokenizer, template_options)
+
+    @classmethod
+    def load(
+        cls,
+        model: str | Path,
+        *,
+        quantization: Quantization | None = None,
+        device: str = "auto",
+        dtype: str | torch.dtype = "auto",
+        template_options: Mapping[str, Any] | None = None,
+        trust_remote_code: bool = False,
+        progress: bool = True,
+    ) -> Compressor:
+        """Load the draft: "builtin:draft", a folder or a hub id (see `load_model`).
+
+        Raises:
+            ModelNotFoundError: There is no such model.
+        """
+        loaded = load_model(
+            model,
+            quantization=quantization,
+            device=device,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
+        )
+        return cls(loaded.model, loaded.tokenizer, template_options=template_options)
+
+    def compress(
+        self,
+        question: str,
+        passages: Sequence[str | Passage],
+        method: SpecPC | None = None,
+        *,
+        system: str | None = DEFAULT_SYSTEM,
+        on_error: OnError = "raise",
+    ) -> CompressedContext:
+        """Shorten passages to what the draft finds important for the question.
+
+        Args:
+            question: The user's question, never shortened.
+            passages: Retrieved texts, in the order in which the target shall see them.
+            method: Budget and options; `SpecPC()` keeps 1,024 draft tokens of the whole prompt.
+            system: System text that stands in the prompt, never shortened.
+            on_error: "raise", or "original" to get the passages back unchanged, with a logged
+                warning and the reason in `stats.fallback`.
+
+        Returns:
+            Passages in their order, kept spans in characters of the originals, and sizes. No
+            passages give an empty context. No passage ever grows.
+
+        Raises:
+            PromptError: The question is empty, or cannot be put into a prompt.
+            BudgetError: Question and system text exceed the capacity.
+            OutOfMemoryError: The draft's pass does not fit into memory.
+        """
+        try:
+            prompt = Prompt.from_question(question, passages, system=system)
+        except ValueError as error:
+            if on_error == "raise":
+                raise
+            return self._unreadable(passages, error)
+        return self.compress_prompt(prompt, method, on_error=on_error)[1]
+
+    async def acompress(
+        self,
+        question: str,
+        passages: Sequence[str | Passage],
+        method: SpecPC | None = None,
+        *,
+        system: str | None = DEFAULT_SYSTEM,
+        on_error: OnError = "raise",
+    ) -> CompressedContext:
+        """`compress` in a worker thread; the event loop stays free."""
+        return await asyncio.to_thread(
+            self.compress, question, passages, method, system=system, on_error=on_error
+        )
+
+    def compress_prompt(
+        self,
+        prompt: Prompt,
+        method: SpecPC | None = None,
+        *,
+        on_error: OnError = "raise",
+        max_new_tokens: int | None = None,
+    ) -> tuple[Prompt, CompressedContext]:
+        """Shorten the passages of a chat prompt; everything else stays as it is.
+
+        Args:
+            prompt: Messages and passages.
+            method: As for `compress`.
+            on_error: As for `compress`.
+            max_new_tokens: Length of the lookahead when `method.lookahead_tokens` is None.
+
+        Returns:
+            The prompt with shorter passages, and the context that describes them.
+        """
+        try:
+            with explain_out_of_memory(draft=self.model):
+                return self._compress(prompt, method or SpecPC(), max_new_tokens)
+        except Exception as error:
+            if on_error == "raise":
+                raise
+            logger.warning("Compression failed, the passages stay whole: %s", error, exc_info=True)
+            tokens = self.encoder.encode(prompt)
+            return prompt, _unchanged(prompt, tokens, fallback=f"{type(error).__name__}: {error}")
+
+    def count_tokens(self, text: str) -> int:
+        """Tokens of a text under the draft's tokenizer, without special tokens."""
+        return self.encoder.count(text)
+
+    def _compress(
+        self, prompt: Prompt, method: SpecPC, max_new_tokens: int | None
+    ) -> tuple[Prompt, CompressedContext]:
+        clock = Clock()
+        with clock("encode"):
+            tokens = self.encoder.encode(prompt)
+            budget = Budget.of(method, tokens)
+        if budget.measure(tokens) <= budget.limit:
+            return prompt, _unchanged(prompt, tokens, seconds=clock.seconds, method=method)
+        budget.require_room(tokens)
+        with clock("draft"):
+            lookahead = method.lookahead_tokens or max_new_tokens or Generation().max_new_tokens
+            scores = self._read(prompt, tokens, method, lookahead)
+        with clock("select"):
+            texts = [passage.text for passage in prompt.passages]
+            kept = fit(
+                texts,
+                rank_units(texts, tokens, scores, method),
+                limit=budget.limit,
+                first_guess=budget.first_guess(tokens),
+                measure=lambda short: budget.measure(self.encoder.encode(prompt.with_texts(short))),
+                count=self.encoder.count,
+                marker=method.gap_marker,
+            )
+            shorter = prompt.with_texts(kept.texts)
+            after = self.encoder.encode(shorter)
+        context = _describe(prompt, shorter, tokens, after, kept.bounds, scores, clock, method)
+        return shorter, context
+
+    def _read(
+        self, prompt: Prompt, tokens: PromptTokens, method: SpecPC, lookahead: int
+    ) -> torch.Tensor:
+        """(tokens,) float32 scores; long prompts are read in groups."""
+        window = context_window(self.model) or len(tokens) + lookahead
+        texts = [passage.text for passage in prompt.passages]
+        groups = plan_groups(texts, tokens, window, lookahead)
+        if len(groups) == 1:
+            return self._scores(tokens, method, lookahead)
+        logger.info("The prompt exceeds the draft's window: %d groups are read.", len(groups))
+        scores = torch.zeros(len(tokens))
+        for group in groups:
+            part = self.encoder.encode(prompt.with_texts(group_texts(len(texts), texts, group)))
+            found = self._scores(part, method, lookahead)
+            spread_scores(scores, tokens, group, part, found)
+        return scores
+
+    def _scores(self, tokens: PromptTokens, method: SpecPC, lookahead: int) -> torch.Tensor:
+        ids = tokens.ids.unsqueeze(0)
+        scores = read_draft(self.model, ids, method, lookahead_tokens=lookahead)[0].scores
+        if not bool(torch.isfinite(scores).all()):
+            raise ModelError("The draft's attention is not finite; try another dtype (float32).")
+        return scores
+
+    def _unreadable(self, passages: Sequence[str | Passage], error: Exception) -> CompressedContext:
+        """The originals, for a request that cannot even become a prompt."""
+        logger.warning("Compression failed, the passages stay whole: %s", error)
+        prompt = Prompt.from_question("?", passages)
+        tokens = self.encoder.encode(prompt)
+        return _unchanged(prompt, tokens, fallback=f"{type(error).__name__}: {error}")
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """A limit in draft tokens: of the whole prompt (`capacity`), or of its passages (`ratio`)."""
+
+    limit: int
+    whole_prompt: bool
+
+    @classmethod
+    def of(cls, method: SpecPC, tokens: PromptTokens) -> Budget:
+        """The integer budget of this prompt."""
+        passage_tokens = int((~tokens.protected).sum())
+        return cls(token_budget(method, passage_tokens), method.ratio is None)
+
+    def measure(self, tokens: PromptTokens) -> int:
+        """Size of a prompt as this budget counts."""
+        return len(tokens) if self.whole_prompt else int((~tokens.protected).sum())
+
+    def first_guess(self, tokens: PromptTokens) -> int:
+        """Passage tokens that fit if nothing but them changes."""
+        return self.limit - (int(tokens.protected.sum()) if self.whole_prompt else 0)
+
+    def require_room(self, tokens: PromptTokens) -> None:
+        """Raise `BudgetError` where what must stay exceeds the capacity."""
+        loose = (tokens.segment == Segment.PASSAGE) | (tokens.segment == Segment.NUMBER)
+        fixed = int((~loose).sum())
+        if self.whole_prompt and fixed > self.limit:
+            raise BudgetError(
+                f"capacity={self.limit}, but the question, system text and template alone take "
+                f"{fixed} draft tokens. Raise the capacity, or give a ratio of the passages."
+            )
+
+
+@dataclass(slots=True)
+class Clock:
+    """Seconds per named stage."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        """Add the block's wall time to a stage."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.add({stage: time.perf_counter() - start})
+
+    def add(self, seconds: Mapping[str, float]) -> None:
+        """Add seconds per stage."""
+        for stage, more in seconds.items():
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + more
+
+
+def _describe(
+    prompt: Prompt,
+    shorter: Prompt,
+    tokens: PromptTokens,
+    after: PromptTokens,
+    bounds: Bounds,
+    scores: torch.Tensor | None,
+    clock: Clock,
+    method: SpecPC | None,
+    fallback: str | None = None,
+) -> CompressedContext:
+    ids = [passage.id or "" for passage in prompt.passages]
+    best = torch.zeros(len(ids))
+    if scores is not None and len(ids):
+        inside = tokens.passage >= 0
+        best = best.scatter_reduce(0, tokens.passage[inside].long(), scores[inside], "amax")
+    sizes = tuple(
+        PassageStats(before, now, score)
+        for before, now, score in zip(
+            _sizes(tokens, len(ids)), _sizes(after, len(ids)), best.tolist(), strict=True
+        )
+    )
+    keep_empty = method is None or not method.drop_empty
+    indices = tuple(i for i, p in enumerate(shorter.passages) if keep_empty or p.text.strip())
+    return CompressedContext(
+        text=shorter.documents_text,
+        passages=tuple(shorter.passages[i] for i in indices),
+        indices=indices,
+        spans=scored_spans(ids, bounds, tokens, scores),
+        sizes=sizes,
+        stats=CompressionStats(
+            prompt_tokens=len(tokens),
+            compressed_prompt_tokens=len(after),
+            passage_tokens=int((~tokens.protected).sum()),
+            compressed_passage_tokens=int((~after.protected).sum()),
+            compressed=len(after) < len(tokens),
+            seconds=dict(clock.seconds),
+            fallback=fallback,
+        ),
+    )
+
+
+def _unchanged(
+    prompt: Prompt,
+    tokens: PromptTokens,
+    *,
+    seconds: Mapping[str, float] | None = None,
+    method: SpecPC | None = None,
+    fallback: str | None = None,
+) -> CompressedContext:
+    """A context in which every passage is whole."""
+    bounds = [[(0, len(p.text))] if p.text else [] for p in prompt.passages]
+    clock = Clock(dict(seconds or {}))
+    return _describe(prompt, prompt, tokens, tokens, bounds, None, clock, method, fallback)
+
+
+def _sizes(tokens: PromptTokens, count: int) -> list[int]:
+    """Tokens of each passage."""
+    inside = tokens.passage[tokens.passage >= 0].long()
+    return torch.bincount(inside, minlength=count).tolist()

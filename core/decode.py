@@ -1,0 +1,190 @@
+"""Target decoding: one loop for greedy and sampled answers, alone or in left-padded batches.
+
+Our own loop instead of `model.generate`: each row draws from its own seeded generator (so a
+request's output does not depend on what runs beside it), a consumer cancels by closing the
+iterator, and nothing global is touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import cast
+
+import torch
+from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
+from transformers import (
+    DynamicCache,
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    PreTrainedModel,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from .config import Generation
+
+
+def next_tokens(
+    model: PreTrainedModel, prompts: Sequence[torch.Tensor], generation: Generation
+) -> Iterator[list[int]]:
+    """Generate token by token; close the iterator to stop, which frees the KV cache.
+
+    Args:
+        model: The target.
+        prompts: One (tokens,) int64 tensor per row; shorter ones are padded on the left.
+        generation: Sampling options; `max_new_tokens` bounds the steps, end tokens do not.
+
+    Yields:
+        The next token of every row.
+    """
+    input_ids, padding = pad_left(prompts, model.device)
+    cache = DynamicCache(config=model.config)
+    samplers = [_Sampler(prompt, generation) for prompt in prompts]
+    feed = input_ids
+    for step in range(generation.max_new_tokens):
+        with torch.no_grad():
+            logits = model(
+                input_ids=feed,
+                attention_mask=padding,
+                position_ids=(padding.cumsum(-1) - 1).clamp(min=0)[:, -feed.shape[1] :],
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            ).logits[:, -1]  # (batch, vocabulary)
+        chosen = [sampler.choose(row) for sampler, row in zip(samplers, logits, strict=True)]
+        yield chosen
+        if step + 1 < generation.max_new_tokens:
+            feed = torch.tensor(chosen, device=input_ids.device).unsqueeze(1)
+            padding = torch.cat([padding, torch.ones_like(padding[:, :1])], dim=1)
+
+
+def pad_left(
+    prompts: Sequence[torch.Tensor], device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Stack rows of different length: (batch, longest) ids and their int64 attention mask."""
+    longest = max(prompt.numel() for prompt in prompts)
+    ids = torch.zeros((len(prompts), longest), dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, longest - prompt.numel() :] = prompt
+        mask[row, longest - prompt.numel() :] = 1
+    return ids.to(device), mask.to(device)
+
+
+class _Sampler:
+    """Chooses one row's tokens with transformers' logits processors and its own generator."""
+
+    def __init__(self, prompt: torch.Tensor, options: Generation) -> None:
+        self.greedy = options.temperature == 0.0
+        self.processors = _processors(options)
+        self.seen = prompt.tolist() if self.processors else []
+        self.generator = torch.Generator()
+        if options.seed is None:
+            self.generator.seed()
+        else:
+            self.generator.manual_seed(options.seed)
+
+    def choose(self, logits: torch.Tensor) -> int:
+        """Args: logits (vocabulary,). Returns: a token id."""
+        if self.greedy and not self.processors:
+            return int(logits.argmax())
+        scores = logits.float().cpu().unsqueeze(0)  # (1, vocabulary)
+        if self.processors:
+            seen = cast(torch.LongTensor, torch.tensor([self.seen]))
+            scores = self.processors(seen, cast(torch.FloatTensor, scores))
+        if self.greedy:
+            token = int(scores.argmax())
+        else:
+            token = int(torch.multinomial(scores.softmax(-1), 1, generator=self.generator))
+        if self.processors:
+            self.seen.append(token)
+        return token
+
+
+def _processors(options: Generation) -> LogitsProcessorList:
+    chain = LogitsProcessorList()
+    if options.repetition_penalty != 1.0:
+        chain.append(RepetitionPenaltyLogitsProcessor(penalty=options.repetition_penalty))
+    if options.temperature == 0.0:
+        return chain
+    if options.temperature != 1.0:
+        chain.append(TemperatureLogitsWarper(options.temperature))
+    if options.top_k > 0:
+        chain.append(TopKLogitsWarper(top_k=options.top_k))
+    if options.top_p < 1.0:
+        chain.append(TopPLogitsWarper(top_p=options.top_p))
+    if options.min_p > 0.0:
+        chain.append(MinPLogitsWarper(min_p=options.min_p))
+    return chain
+
+
+@dataclass(slots=True)
+class RowText:
+    """Turns one row's tokens into text as they come, and knows when the row is finished.
+
+    A character whose last bytes never come is left out. Text that may become a stop string is
+    held back until that is decided.
+    """
+
+    tokenizer: Tokenizer
+    ends: frozenset[int]
+    stop: tuple[str, ...]
+    limit: int
+    tokens: int = 0
+    finish_reason: str | None = None
+    _held: str = ""
+    _stream: DecodeStream = field(default_factory=lambda: DecodeStream(skip_special_tokens=True))
+
+    def push(self, token: int) -> str:
+        """Take the next token and return the text that is now certain (often empty)."""
+        if self.finish_reason is not None:
+            return ""
+        self.tokens += 1
+        if token in self.ends:
+            return self._finish("stop")
+        self._held += self._stream.step(self.tokenizer, token) or ""
+        found = [place for text in self.stop if (place := self._held.find(text)) >= 0]
+        if found:
+            self._held = self._held[: min(found)]
+            return self._finish("stop_string")
+        if self.tokens >= self.limit:
+            return self._finish("length")
+        ready = len(self._held) - self._undecided()
+        text, self._held = self._held[:ready], self._held[ready:]
+        return text
+
+    def _finish(self, reason: str) -> str:
+        self.finish_reason = reason
+        text, self._held = self._held, ""
+        return text
+
+    def _undecided(self) -> int:
+        """Length of the longest tail that a stop string starts with."""
+        longest = 0
+        for text in self.stop:
+            for size in range(min(len(text) - 1, len(self._held)), longest, -1):
+                if self._held.endswith(text[:size]):
+                    longest = size
+                    break
+        return longest
+
+
+def decode_text(
+    model: PreTrainedModel,
+    prompts: Sequence[torch.Tensor],
+    generation: Generation,
+    rows: Sequence[RowText],
+) -> Iterator[list[str]]:
+    """Generate until every row is finished; yields each row's new text at every step."""
+    steps = next_tokens(model, prompts, generation)
+    try:
+        for chosen in steps:
+            yield [row.push(token) for row, token in zip(rows, chosen, strict=True)]
+            if all(row.finish_reason is not None for row in rows):
+                return
+    finally:
+        steps.close()  # type: ignore[attr-defined]

@@ -1,0 +1,420 @@
+"""`Engine`: a draft that sieves and a target that answers.
+
+prompt -> (draft: shorter prompt) -> target tokens -> decode -> answer with provenance.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .compressor import Clock, Compressor, OnError
+from .config import Generation, Quantization, SpecPC
+from .decode import RowText, decode_text, next_tokens
+from .draft import end_token_ids, read_draft
+from .encoding import PromptEncoder
+from .errors import ModelError, PromptError
+from .models import context_window, explain_out_of_memory, load_model
+from .prompt import DEFAULT_SYSTEM, Prompt
+from .specpc import select
+from .types import Answer, Chunk, CompressedContext, Passage, Trace, Usage
+
+
+class Engine:
+    """A target model with an optional draft. Safe to use from several threads at once.
+
+    Args:
+        target_model: Any causal model of transformers.
+        tokenizer: Its tokenizer; may be None where only `trace` is used.
+        draft_model: The model that reads first; None leaves what needs no draft.
+        draft_tokenizer: None means the target's.
+        template_options: Extra arguments of both chat templates, such as `enable_thinking`.
+        name: What `model_name` says.
+    """
+
+    def __init__(
+        self,
+        target_model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None,
+        *,
+        draft_model: PreTrainedModel | None = None,
+        draft_tokenizer: PreTrainedTokenizerBase | None = None,
+        template_options: Mapping[str, Any] | None = None,
+        name: str | None = None,
+    ) -> None:
+        self.target = target_model.eval()
+        self.draft = None if draft_model is None else draft_model.eval()
+        self.model_name = name or target_model.config.name_or_path or "target"
+        self.context_window = context_window(target_model)
+        self.tokenizer = tokenizer
+        self._encoder = None if tokenizer is None else PromptEncoder(tokenizer, template_options)
+        self.compressor: Compressor | None = None
+        reader = draft_tokenizer or tokenizer
+        if draft_model is not None and reader is not None:
+            self.compressor = Compressor(draft_model, reader, template_options=template_options)
+
+    @classmethod
+    def load(
+        cls,
+        target: str | Path,
+        draft: str | Path | None = None,
+        *,
+        quantization: Quantization | None = None,
+        draft_quantization: Quantization | None = None,
+        device: str = "auto",
+        draft_device: str | None = None,
+        dtype: str | torch.dtype = "auto",
+        template_options: Mapping[str, Any] | None = None,
+        trust_remote_code: bool = False,
+        progress: bool = True,
+    ) -> Engine:
+        """Load a pair: "builtin:target" with "builtin:draft", folders, or hub ids.
+
+        Args:
+            target: The model that answers.
+            draft: The model that reads first; None for an engine without compression.
+            quantization: Of the target's weights.
+            draft_quantization: Of the draft's weights.
+            device: Of the target, see `load_model`.
+            draft_device: Of the draft; None means the target's.
+            dtype: Of both, see `load_model`.
+            template_options: Extra arguments of both chat templates.
+            trust_remote_code: Run code that a hub repository carries; off unless you ask for it.
+            progress: Show loading bars.
+
+        Raises:
+            ModelNotFoundError: A model does not exist or cannot be reached.
+        """
+        options: dict[str, Any] = {
+            "dtype": dtype,
+            "trust_remote_code": trust_remote_code,
+            "progress": progress,
+        }
+        big = load_model(target, quantization=quantization, device=device, **options)
+        small = None
+        if draft is not None:
+            place = draft_device or device
+            small = load_model(draft, quantization=draft_quantization, device=place, **options)
+        return cls(
+            big.model,
+            big.tokenizer,
+            draft_model=None if small is None else small.model,
+            draft_tokenizer=None if small is None else small.tokenizer,
+            template_options=template_options,
+            name=big.name,
+        )
+
+    # -- question and passages ------------------------------------------------------------------
+
+    def answer(
+        self,
+        question: str,
+        passages: Sequence[str | Passage],
+        *,
+        method: SpecPC | None = None,
+        generation: Generation | None = None,
+        system: str | None = DEFAULT_SYSTEM,
+        on_error: OnError = "raise",
+    ) -> Answer:
+        """Answer a question from passages.
+
+        Args:
+            question: The user's question.
+            passages: Retrieved texts.
+            method: How to compress; None reads everything.
+            generation: Decoding options; greedy by default.
+            system: System text.
+            on_error: What a failed compression does: "raise", or "original" to go on with the
+                whole passages (logged, and told in `answer.context.stats.fallback`).
+
+        Raises:
+            PromptError: The question is empty, or the prompt exceeds the target's window.
+            BudgetError: Question and system text exceed the capacity.
+            ModelError: A method was given, but the engine has no draft.
+            OutOfMemoryError: Names both models' footprints.
+        """
+        prompt = Prompt.from_question(question, passages, system=system)
+        return self.generate(prompt, method=method, generation=generation, on_error=on_error)
+
+    def answer_many(
+        self,
+        questions: Sequence[str],
+        passages: Sequence[Sequence[str | Passage]],
+        *,
+        method: SpecPC | None = None,
+        generation: Generation | None = None,
+        system: str | None = DEFAULT_SYSTEM,
+        on_error: OnError = "raise",
+    ) -> list[Answer]:
+        """`answer` for several questions, decoded by the target as one batch."""
+        prompts = [
+            Prompt.from_question(question, found, system=system)
+            for question, found in zip(questions, passages, strict=True)
+        ]
+        return self.generate_many(prompts, method=method, generation=generation, on_error=on_error)
+
+    def stream(
+        self,
+        question: str,
+        passages: Sequence[str | Passage],
+        *,
+        method: SpecPC | None = None,
+        generation: Generation | None = None,
+        system: str | None = DEFAULT_SYSTEM,
+        on_error: OnError = "raise",
+    ) -> Iterator[Chunk]:
+        """`answer` piece by piece; the last chunk carries the `Answer`. Close it to cancel."""
+        prompt = Prompt.from_question(question, passages, system=system)
+        return self.stream_prompt(prompt, method=method, generation=generation, on_error=on_error)
+
+    async def aanswer(
+        self, question: str, passages: Sequence[str | Passage], **options: Any
+    ) -> Answer:
+        """`answer` in a worker thread; takes the same options."""
+        return await asyncio.to_thread(self.answer, question, passages, **options)
+
+    def astream(
+        self, question: str, passages: Sequence[str | Passage], **options: Any
+    ) -> AsyncIterator[Chunk]:
+        """`stream` without blocking the event loop; takes the same options."""
+        return _in_threads(self.stream(question, passages, **options))
+
+    # -- prompts --------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompt: Prompt,
+        *,
+        method: SpecPC | None = None,
+        generation: Generation | None = None,
+        on_error: OnError = "raise",
+    ) -> Answer:
+        """Answer a chat prompt; only its passages are compressed. Options as for `answer`."""
+        return self.generate_many(
+            [prompt], method=method, generation=generation, on_error=on_error
+        )[0]
+
+    def generate_many(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        method: SpecPC | None = None,
+        generation: Generation | None = None,
+        on_error: OnError = "raise",
+    ) -> list[Answer]:
+        """Answer several prompts, decoded as one left-padded batch.
+
+        In float32 each row gets what it gets alone, token for token.
+        """
+        options = generation or Generation()
+        requests = [self._prepare(prompt, method, options, on_error) for prompt in prompts]
+        if not requests:
+            return []
+        texts = [""] * len(requests)
+        for pieces in self._decode(requests, options):
+            texts = [text + piece for text, piece in zip(texts, pieces, strict=True)]
+        return [request.answer(text) for request, text in zip(requests, texts, strict=True)]
+
+    def stream_prompt(
+        self,
+        prompt: Prompt,
+        *,
+        method: SpecPC | None = None,
+        generation: Generation | None = None,
+        on_error: OnError = "raise",
+    ) -> Iterator[Chunk]:
+        """`generate` piece by piece; the last chunk carries the `Answer`. Close it to cancel."""
+        options = generation or Generation()
+        request = self._prepare(prompt, method, options, on_error)
+        text = ""
+        for (piece,) in self._decode([request], options):
+            if piece:
+                text += piece
+                yield Chunk(piece)
+        yield Chunk("", request.answer(text))
+
+    async def agenerate(self, prompt: Prompt, **options: Any) -> Answer:
+        """`generate` in a worker thread; takes the same options."""
+        return await asyncio.to_thread(self.generate, prompt, **options)
+
+    def astream_prompt(self, prompt: Prompt, **options: Any) -> AsyncIterator[Chunk]:
+        """`stream_prompt` without blocking the event loop; takes the same options."""
+        return _in_threads(self.stream_prompt(prompt, **options))
+
+    def compress(
+        self,
+        question: str,
+        passages: Sequence[str | Passage],
+        method: SpecPC | None = None,
+        *,
+        system: str | None = DEFAULT_SYSTEM,
+        on_error: OnError = "raise",
+    ) -> CompressedContext:
+        """What the target would be given: `Compressor.compress` with this engine's draft."""
+        return self._need_compressor().compress(
+            question, passages, method, system=system, on_error=on_error
+        )
+
+    def trace(
+        self, input_ids: torch.Tensor, method: SpecPC | None = None, max_new_tokens: int = 16
+    ) -> Trace:
+        """Run a method on bare token ids and return every intermediate.
+
+        The method behaves as in the paper: no template, no protected text but the window. The
+        draft is always asked, also when the prompt fits the capacity. Greedy.
+
+        Args:
+            input_ids: (1, tokens) int64, ids of both models.
+            method: None for the target alone.
+            max_new_tokens: Most tokens generated; an end token stops and is included.
+        """
+        if input_ids.dim() != 2 or input_ids.shape[0] != 1 or input_ids.shape[1] == 0:
+            raise PromptError(
+                f"trace takes ids of shape (1, tokens), got {tuple(input_ids.shape)}."
+            )
+        if method is None:
+            return Trace(output_ids=self._greedy(input_ids[0], max_new_tokens))
+        if self.draft is None:
+            raise ModelError(_NO_DRAFT)
+        lookahead = method.lookahead_tokens or max_new_tokens
+        reading = read_draft(self.draft, input_ids, method, lookahead_tokens=lookahead)[0]
+        selection = select(reading.scores, method)
+        return Trace(
+            output_ids=self._greedy(input_ids[0].cpu()[selection.indices], max_new_tokens),
+            draft_scores=reading.scores,
+            pooled_scores=selection.pooled_scores,
+            kept_prompt_indices=selection.indices,
+            lookahead_ids=reading.lookahead_ids,
+        )
+
+    def count_tokens(self, text: str) -> int:
+        """Tokens of a text under the target's tokenizer, without special tokens."""
+        return self._need_encoder().count(text)
+
+    def encode_text(self, text: str) -> list[int]:
+        """Token ids of a text under the target's tokenizer, without special tokens."""
+        return self._need_encoder().encode_text(text)
+
+    # -- stages ---------------------------------------------------------------------------------
+
+    def _prepare(
+        self, prompt: Prompt, method: SpecPC | None, options: Generation, on_error: OnError
+    ) -> _Request:
+        """Compress and encode one prompt."""
+        encoder = self._need_encoder()
+        clock = Clock()
+        context: CompressedContext | None = None
+        shorter = prompt
+        if method is not None:
+            with explain_out_of_memory(target=self.target, draft=self.draft):
+                shorter, context = self._need_compressor().compress_prompt(
+                    prompt, method, on_error=on_error, max_new_tokens=options.max_new_tokens
+                )
+            clock.seconds.update(context.stats.seconds)
+        with clock("encode"):
+            ids = encoder.encode(shorter).ids
+            original = ids if shorter is prompt else encoder.encode(prompt).ids
+        if self.context_window is not None and ids.numel() > self.context_window:
+            raise PromptError(
+                f"The prompt has {ids.numel()} tokens, the target reads at most "
+                f"{self.context_window}: give fewer passages, or compress them "
+                f"(method=SpecPC(capacity={self.context_window // 2}))."
+            )
+        return _Request(ids, original.numel(), context, clock, self._row(ids.numel(), options))
+
+    def _row(self, prompt_tokens: int, options: Generation) -> RowText:
+        """The answer of one row, ended by the generation's limit or the target's window."""
+        assert self.tokenizer is not None  # _prepare needed it
+        room = (self.context_window or prompt_tokens + options.max_new_tokens) - prompt_tokens
+        return RowText(
+            tokenizer=self.tokenizer.backend_tokenizer,
+            ends=frozenset(end_token_ids(self.target).tolist()),
+            stop=options.stop,
+            limit=max(1, min(options.max_new_tokens, room)),
+        )
+
+    def _decode(self, requests: Sequence[_Request], options: Generation) -> Iterator[list[str]]:
+        prompts = [request.ids for request in requests]
+        rows = [request.row for request in requests]
+        stage = "prefill"
+        with explain_out_of_memory(target=self.target, draft=self.draft):
+            steps = decode_text(self.target, prompts, options, rows)
+            while True:
+                clock = Clock()
+                with clock(stage):
+                    pieces = next(steps, None)
+                for request in requests:
+                    request.clock.add(clock.seconds)
+                if pieces is None:
+                    return
+                yield pieces
+                stage = "decode"
+
+    def _greedy(self, prompt: torch.Tensor, max_new_tokens: int) -> torch.Tensor:
+        ends = set(end_token_ids(self.target).tolist())
+        tokens: list[int] = []
+        for (token,) in next_tokens(
+            self.target, [prompt], Generation(max_new_tokens=max_new_tokens)
+        ):
+            tokens.append(token)
+            if token in ends:
+                break
+        return torch.tensor(tokens)
+
+    def _need_encoder(self) -> PromptEncoder:
+        if self._encoder is None:
+            raise ModelError("This engine has no tokenizer, so it can only trace token ids.")
+        return self._encoder
+
+    def _need_compressor(self) -> Compressor:
+        if self.compressor is None:
+            raise ModelError(_NO_DRAFT)
+        return self.compressor
+
+
+_NO_DRAFT = (
+    "This engine has no draft model, which the method needs. Load one, as in "
+    'Engine.load(target="builtin:target", draft="builtin:draft"), or use method=None.'
+)
+
+
+@dataclass(frozen=True, slots=True)
+class _Request:
+    """One prompt on its way through the engine."""
+
+    ids: torch.Tensor  # (tokens,) what the target reads
+    original_tokens: int
+    context: CompressedContext | None
+    clock: Clock
+    row: RowText
+
+    def answer(self, text: str) -> Answer:
+        return Answer(
+            text=text,
+            spans=() if self.context is None else self.context.spans,
+            usage=Usage(self.original_tokens, self.ids.numel(), self.row.tokens),
+            timings=dict(self.clock.seconds),
+            finish_reason=self.row.finish_reason or "length",
+            context=self.context,
+        )
+
+
+async def _in_threads(chunks: Iterator[Chunk]) -> AsyncIterator[Chunk]:
+    """Run each step of a stream in a worker thread; leaving early closes the stream."""
+    step: asyncio.Future[Chunk | None] | None = None
+    try:
+        while True:
+            step = asyncio.ensure_future(asyncio.to_thread(next, chunks, None))
+            chunk = await asyncio.shield(step)
+            if chunk is None:
+                return
+            yield chunk
+    finally:
+        if step is not None:  # a step cannot be interrupted: close the stream as soon as it ends
+            step.add_done_callback(lambda _: chunks.close())  # type: ignore[attr-defined]

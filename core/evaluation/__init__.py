@@ -1,0 +1,1 @@
+"""Measuring what compression keeps: data, baselines of equal size, survival, intervals."""

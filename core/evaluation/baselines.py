@@ -1,0 +1,103 @@
+"""Simple ways to fit a budget, which any compressor has to beat.
+
+Each returns, for every text, the kept characters as ascending (start, end) spans. Budgets count the
+tokens of the kept text as a target would read it, gap markers included (`kept_tokens`).
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+from ..kept import join_spans, merge_spans
+from ..units import sentence_spans
+from .squad import Counter, Scorer
+
+Spans = tuple[tuple[int, int], ...]
+Kept = tuple[Spans, ...]  # one entry a text
+GAP = " … "
+
+
+def kept_text(text: str, spans: Sequence[tuple[int, int]], gap: str = GAP) -> str:
+    """The kept characters of one text, with a marker where something between them is missing."""
+    return join_spans(text, merge_spans(text, sorted(spans)), gap)
+
+
+def kept_tokens(texts: Sequence[str], kept: Kept, count: Counter, gap: str = GAP) -> int:
+    """Tokens of everything kept, gap markers included."""
+    return sum(count(kept_text(t, s, gap)) for t, s in zip(texts, kept, strict=True) if s)
+
+
+def ranked_sentences(
+    question: str, texts: Sequence[str], budget: int, count: Counter, score: Scorer
+) -> Kept:
+    """Sentences by falling score while they fit; one that does not fit is passed over."""
+    places = _sentences(texts)
+    scores = score(question, [texts[i][start:end] for i, start, end in places])
+    return _take(texts, _by_score(places, scores), budget, count)
+
+
+def ranked_passages(
+    question: str, texts: Sequence[str], budget: int, count: Counter, score: Scorer
+) -> Kept:
+    """Whole passages by falling score while they fit: what retrieving fewer would give."""
+    places = [(i, 0, len(text)) for i, text in enumerate(texts)]
+    return _take(texts, _by_score(places, score(question, texts)), budget, count)
+
+
+def random_sentences(texts: Sequence[str], budget: int, count: Counter, seed: int | str) -> Kept:
+    """Sentences in a seeded random order while they fit."""
+    places = _sentences(texts)
+    random.Random(seed).shuffle(places)
+    return _take(texts, places, budget, count)
+
+
+def truncation_head(texts: Sequence[str], budget: int, count: Counter) -> Kept:
+    """Texts from the first on, the last of them cut at the character where the budget ends."""
+    kept: list[Spans] = []
+    left = budget
+    for text in texts:
+        length = _longest_prefix(text, left, count)
+        kept.append(((0, length),) if length else ())
+        left = left - count(text[:length]) if length == len(text) else 0
+    return tuple(kept)
+
+
+def _longest_prefix(text: str, budget: int, count: Counter) -> int:
+    """Characters of the longest prefix within the budget, found by bisection."""
+    if budget <= 0 or not text:
+        return 0
+    if count(text) <= budget:
+        return len(text)
+    low, high = 0, len(text)  # the prefix `low` fits, `high` does not
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if count(text[:middle]) <= budget else (low, middle)
+    return low
+
+
+def _sentences(texts: Sequence[str]) -> list[tuple[int, int, int]]:
+    """(text, start, end) of every sentence."""
+    return [(index, *span) for index, text in enumerate(texts) for span in sentence_spans(text)]
+
+
+def _by_score(
+    places: Sequence[tuple[int, int, int]], scores: Sequence[float]
+) -> list[tuple[int, int, int]]:
+    """Places by falling score; equal scores keep the order of the text."""
+    order = sorted(range(len(places)), key=lambda i: -scores[i])
+    return [places[i] for i in order]
+
+
+def _take(
+    texts: Sequence[str], places: Sequence[tuple[int, int, int]], budget: int, count: Counter
+) -> Kept:
+    """Take places in order, each one if the kept text with it is within the budget."""
+    kept: list[Spans] = [() for _ in texts]
+    sizes = [0] * len(texts)
+    for index, start, end in places:
+        spans = merge_spans(texts[index], sorted((*kept[index], (start, end))))
+        size = count(kept_text(texts[index], spans))
+        if sum(sizes) - sizes[index] + size <= budget:
+            kept[index], sizes[index] = spans, size
+    return tuple(kept)

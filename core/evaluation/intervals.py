@@ -1,0 +1,63 @@
+"""95 % intervals for rates, and for the difference of two rates measured on the same items."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import sqrt
+from statistics import NormalDist
+
+import torch
+
+
+def wilson(successes: int, total: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Wilson's score interval of a rate (Wilson, 1927); (0, 1) where nothing was measured.
+
+    Args:
+        successes: Items that succeeded, between 0 and `total`.
+        total: Items measured.
+        confidence: Coverage of the interval, in (0, 1).
+    """
+    if not 0 <= successes <= total:
+        raise ValueError(f"successes must lie between 0 and {total}, but is {successes}.")
+    if total == 0:
+        return 0.0, 1.0
+    z = NormalDist().inv_cdf(0.5 + confidence / 2)
+    rate = successes / total
+    scale = 1 + z * z / total
+    centre = (rate + z * z / (2 * total)) / scale
+    half = z * sqrt(rate * (1 - rate) / total + z * z / (4 * total * total)) / scale
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def paired_difference(
+    first: Sequence[bool],
+    second: Sequence[bool],
+    *,
+    confidence: float = 0.95,
+    samples: int = 2000,
+    seed: int = 0,
+) -> tuple[float, float, float]:
+    """Rate of `first` minus rate of `second`, and its bootstrap interval over items.
+
+    Args:
+        first: Outcomes of one method, item by item.
+        second: Outcomes of the other method on the same items, in the same order.
+        confidence: Coverage of the percentile interval, in (0, 1).
+        samples: Number of bootstrap samples.
+        seed: Seed of the resampling.
+
+    Returns:
+        The difference, the lower and the upper end.
+    """
+    if len(first) != len(second) or not first:
+        raise ValueError(
+            f"paired outcomes need the same number of items, at least one: "
+            f"got {len(first)} and {len(second)}."
+        )
+    difference = torch.tensor(first, dtype=torch.float64) - torch.tensor(second).double()
+    generator = torch.Generator().manual_seed(seed)
+    picks = torch.randint(len(first), (samples, len(first)), generator=generator)
+    means = difference[picks].mean(dim=1)  # (samples,)
+    tail = (1 - confidence) / 2
+    low, high = torch.quantile(means, torch.tensor([tail, 1 - tail], dtype=torch.float64))
+    return float(difference.mean()), float(low), float(high)
