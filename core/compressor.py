@@ -31,7 +31,6 @@ from .types import (
     Passage,
     PassageStats,
     PromptTokens,
-    Segment,
 )
 from .windows import group_texts, plan_groups, spread_scores
 
@@ -181,10 +180,11 @@ class Compressor:
             budget = Budget.of(method, tokens)
         if budget.measure(tokens) <= budget.limit:
             return prompt, _unchanged(prompt, tokens, seconds=clock.seconds, method=method)
-        budget.require_room(tokens)
+        fixed = len(self.encoder.encode(prompt.with_texts([""] * len(prompt.passages))))
+        budget.require_room(fixed)
         with clock("draft"):
             lookahead = method.lookahead_tokens or max_new_tokens or Generation().max_new_tokens
-            scores = self._read(prompt, tokens, method, lookahead)
+            scores = self._read(prompt, tokens, fixed, method, lookahead)
         with clock("select"):
             texts = [passage.text for passage in prompt.passages]
             kept = fit(
@@ -202,12 +202,12 @@ class Compressor:
         return shorter, context
 
     def _read(
-        self, prompt: Prompt, tokens: PromptTokens, method: SpecPC, lookahead: int
+        self, prompt: Prompt, tokens: PromptTokens, fixed: int, method: SpecPC, lookahead: int
     ) -> torch.Tensor:
         """(tokens,) float32 scores; long prompts are read in groups."""
         window = context_window(self.model) or len(tokens) + lookahead
         texts = [passage.text for passage in prompt.passages]
-        groups = plan_groups(texts, tokens, window, lookahead)
+        groups = plan_groups(texts, tokens, fixed, window - lookahead)
         if len(groups) == 1:
             return self._scores(tokens, method, lookahead)
         logger.info("The prompt exceeds the draft's window: %d groups are read.", len(groups))
@@ -254,10 +254,8 @@ class Budget:
         """Passage tokens that fit if nothing but them changes."""
         return self.limit - (int(tokens.protected.sum()) if self.whole_prompt else 0)
 
-    def require_room(self, tokens: PromptTokens) -> None:
-        """Raise `BudgetError` where what must stay exceeds the capacity."""
-        loose = (tokens.segment == Segment.PASSAGE) | (tokens.segment == Segment.NUMBER)
-        fixed = int((~loose).sum())
+    def require_room(self, fixed: int) -> None:
+        """Raise `BudgetError` where the prompt without passages exceeds the capacity."""
         if self.whole_prompt and fixed > self.limit:
             raise BudgetError(
                 f"capacity={self.limit}, but the question, system text and template alone take "

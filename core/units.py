@@ -17,6 +17,7 @@ _UNSPACED = (
 )
 _WORD = re.compile(rf"[^\s{_UNSPACED}]+|[{_UNSPACED}]")
 _LINE = re.compile(r"[^\r\n]+")
+_SURROGATE = re.compile("[\ud800-\udfff]")  # alone it cannot be encoded
 
 
 def unit_spans(text: str, unit: Unit) -> Bounds:
@@ -45,7 +46,8 @@ def sentence_spans(text: str) -> Bounds:
     """Sentences, by sentencex; a line break always ends one (lists, headings, code)."""
     spans = []
     for line in _LINE.finditer(text):
-        for sentence in sentencex.get_sentence_boundaries("en", line.group()):
+        clean = _SURROGATE.sub("\ufffd", line.group())
+        for sentence in sentencex.get_sentence_boundaries("en", clean):
             first = line.start() + sentence["start_index"]
             start, end = _strip(text, first, line.start() + sentence["end_index"])
             if start < end:

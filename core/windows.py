@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from .errors import PromptError
-from .types import PromptTokens, Segment
+from .types import PromptTokens
+
+_NUMBER = 12  # tokens allowed for blank line and number in front of a piece
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,15 +28,15 @@ class Piece:
 
 
 def plan_groups(
-    texts: Sequence[str], tokens: PromptTokens, window: int, slack: int
+    texts: Sequence[str], tokens: PromptTokens, fixed: int, window: int
 ) -> list[list[Piece]]:
     """Split the passages into groups that fit into the draft's window.
 
     Args:
         texts: The passages' texts.
         tokens: The whole prompt.
-        window: Most tokens that the draft reads.
-        slack: Tokens to leave free in each group (lookahead, other tokenisation at borders).
+        fixed: Tokens of the prompt without passages, which every group repeats.
+        window: Most tokens of one group's prompt.
 
     Returns:
         Groups of pieces in order; one group if all fits.
@@ -43,29 +44,22 @@ def plan_groups(
     Raises:
         PromptError: The question and system text alone do not fit.
     """
-    if len(tokens) + slack <= window:
+    if len(tokens) <= window:
         return [[Piece(i, 0, len(text)) for i, text in enumerate(texts)]]
-    segment, passage = tokens.segment.numpy(), tokens.passage.numpy()
-    competing = (segment == Segment.PASSAGE) | (segment == Segment.NUMBER)
-    fixed = int((~competing).sum())
-    numbers = 16  # tokens allowed for "\n\n[123] " in front of a piece
-    room = window - fixed - slack
-    if room <= 2 * numbers:
+    room = window - fixed
+    if room <= 4 * _NUMBER:
         raise PromptError(
             f"The question and system text take {fixed} tokens of the draft's window of {window}: "
             "no passage fits beside them. Shorten the question or choose another draft."
         )
-    per_piece = min(room - numbers, max(numbers, room // 2))
-    pieces = list(_pieces(texts, tokens, passage, per_piece))
-    sizes = [_tokens_of(piece, tokens) + numbers for piece in pieces]
+    pieces = list(_pieces(texts, tokens, room // 2 - _NUMBER))
+    sizes = [_tokens_of(piece, tokens) + _NUMBER for piece in pieces]
     return _balance(pieces, sizes, room)
 
 
-def _pieces(
-    texts: Sequence[str], tokens: PromptTokens, passage: np.ndarray, most: int
-) -> Iterator[Piece]:
+def _pieces(texts: Sequence[str], tokens: PromptTokens, most: int) -> Iterator[Piece]:
     """Whole passages where they fit, else runs of at most `most` tokens."""
-    ends = tokens.end.numpy()
+    passage, ends = tokens.passage.numpy(), tokens.end.numpy()
     for index, text in enumerate(texts):
         mine = ends[passage == index]
         start = 0

@@ -7,3 +7,7 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("BITSANDBYTES_NOWELCOME", "1")
+
+import torch
+
+torch.set_num_threads(1)  # the models are tiny: threads only wait for each other

@@ -129,7 +129,7 @@ def test_ask_json_names_what_was_kept_of_each_source(
     assert compression["compressed_passage_tokens"] <= 0.4 * compression["passage_tokens"] + 1
     assert [source["id"] for source in result["sources"]] == ["ferry.md#1", "bakery.md#1"]
     for source in result["sources"]:
-        pieces = [source["text"][kept["start"] : kept["end"]] for kept in source["kept"]]
+        pieces = [source["text"][kept["start"] : kept["end"]] for kept in source["spans"]]
         assert source["compressed_text"] == " … ".join(pieces)
         assert source["metadata"]["source"] == source["id"].split("#")[0]
 
@@ -140,7 +140,7 @@ def test_ask_without_compression_needs_no_draft(
     result = run_json([*ask, "--method", "none", "--draft", "no/such/model"], capsys)
     assert result["compression"] is None
     assert result["usage"]["prompt_tokens"] == result["usage"]["original_prompt_tokens"]
-    assert "kept" not in result["sources"][0]
+    assert "spans" not in result["sources"][0]
 
 
 def test_a_terminal_gets_the_same_answer_streamed_and_highlights(
@@ -218,7 +218,7 @@ def test_compress_units_stay_whole(
     path.write_text(FERRY, encoding="utf-8")
     options = ["--file", str(path), "--ratio", "0.5", "--unit", "sentence"]
     result = run_json([*compress, *options], capsys)
-    pieces = [s["text"][k["start"] : k["end"]] for s in result["sources"] for k in s["kept"]]
+    pieces = [s["text"][k["start"] : k["end"]] for s in result["sources"] for k in s["spans"]]
     assert pieces
     assert all(piece.endswith(".") for piece in pieces)
     assert result["compression"]["compressed"]

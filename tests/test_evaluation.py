@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
+from draftsieve.core.compressor import Compressor
+from draftsieve.core.config import SpecPC
 from draftsieve.core.evaluation.baselines import (
     kept_text,
     kept_tokens,
@@ -24,8 +26,15 @@ from draftsieve.core.evaluation.squad import (
     read_article,
     sample_questions,
 )
-from draftsieve.core.evaluation.survival import measure, survives_as_text, survives_at_offset
+from draftsieve.core.evaluation.survival import (
+    compression,
+    measure,
+    survives_as_text,
+    survives_at_offset,
+)
 from draftsieve.core.types import Passage
+
+from .adapters_fixtures import QUESTION, TEXTS, tiny_model, tiny_tokenizer
 
 SQUAD = Path(__file__).parents[1] / "examples/data/squad/squad_v1.1_super_bowl_50.json"
 
@@ -79,7 +88,7 @@ def test_paired_difference_needs_pairs() -> None:
 # ---------------------------------------------------------------- baselines
 
 
-TEXTS = ["Ann saw Bob. Carl met Dora today.", "Eve left."]
+SENTENCES = ["Ann saw Bob. Carl met Dora today.", "Eve left."]
 
 
 def test_kept_text_marks_gaps_but_not_white_space() -> None:
@@ -91,20 +100,20 @@ def test_kept_text_marks_gaps_but_not_white_space() -> None:
 
 def test_ranked_sentences_take_the_best_and_pass_over_what_does_not_fit() -> None:
     question = "whom has carl met today ? eve"  # the sentences score 0, 3 (carl met + today.), 1
-    best = ranked_sentences("carl met", TEXTS, 4, words, common_words)
+    best = ranked_sentences("carl met", SENTENCES, 4, words, common_words)
     assert best == (((13, 33),), ())
-    assert ranked_sentences(question, TEXTS, 6, words, common_words) == (((13, 33),), ((0, 9),))
+    assert ranked_sentences(question, SENTENCES, 6, words, common_words) == (((13, 33),), ((0, 9),))
     # 3 words: the best sentence (4 words) is passed over, the next one taken
-    assert ranked_sentences(question, TEXTS, 3, words, common_words) == ((), ((0, 9),))
+    assert ranked_sentences(question, SENTENCES, 3, words, common_words) == ((), ((0, 9),))
 
 
 def test_ranked_sentences_within_the_whole_keep_everything() -> None:
-    assert ranked_sentences("x", TEXTS, 9, words, common_words) == (((0, 33),), ((0, 9),))
+    assert ranked_sentences("x", SENTENCES, 9, words, common_words) == (((0, 33),), ((0, 9),))
 
 
 def test_ranked_passages_keep_whole_texts() -> None:
-    assert ranked_passages("eve", TEXTS, 8, words, common_words) == ((), ((0, 9),))
-    assert ranked_passages("carl", TEXTS, 8, words, common_words) == (((0, 33),), ())
+    assert ranked_passages("eve", SENTENCES, 8, words, common_words) == ((), ((0, 9),))
+    assert ranked_passages("carl", SENTENCES, 8, words, common_words) == (((0, 33),), ())
 
 
 def test_truncation_cuts_inside_the_text_where_the_budget_ends() -> None:
@@ -116,12 +125,12 @@ def test_truncation_cuts_inside_the_text_where_the_budget_ends() -> None:
 @pytest.mark.parametrize("budget", [0, 1, 2, 5, 6, 9])
 def test_no_baseline_exceeds_its_budget(budget: int) -> None:
     for kept in (
-        ranked_sentences("carl", TEXTS, budget, words, common_words),
-        ranked_passages("carl", TEXTS, budget, words, common_words),
-        random_sentences(TEXTS, budget, words, 3),
-        truncation_head(TEXTS, budget, words),
+        ranked_sentences("carl", SENTENCES, budget, words, common_words),
+        ranked_passages("carl", SENTENCES, budget, words, common_words),
+        random_sentences(SENTENCES, budget, words, 3),
+        truncation_head(SENTENCES, budget, words),
     ):
-        assert kept_tokens(TEXTS, kept, words) <= budget
+        assert kept_tokens(SENTENCES, kept, words) <= budget
 
 
 def test_random_sentences_depend_on_the_seed_alone() -> None:
@@ -236,3 +245,18 @@ def test_measure_of_nothing_is_empty() -> None:
     outcome = measure("none", lambda *_: (), [], [], words)
     assert outcome.at_offset == ()
     assert outcome.share == 0.0
+
+
+@pytest.mark.parametrize("unit", ["token", "sentence"])
+def test_a_compressor_is_a_method_and_its_size_is_that_of_the_prompt(unit: str) -> None:
+    compressor = Compressor(tiny_model(32, seed=3), tiny_tokenizer())
+    passages = tuple(Passage(text) for text in TEXTS)
+    question = Question("q", QUESTION, 0, (AcceptedAnswer("seven", 28, 33),))
+    options = SpecPC(ratio=0.5, unit=unit, window_size=16)  # type: ignore[arg-type]
+    method = compression(compressor, options)
+    outcome = measure("x", method, [Item(question, passages, 0)], [0], compressor.count_tokens)
+    stats = compressor.compress(QUESTION, passages, options).stats
+    assert stats.compressed
+    # a passage's first token may merge with the space after its number in the prompt
+    assert abs(outcome.kept_tokens[0] - stats.compressed_passage_tokens) <= len(passages)
+    assert abs(outcome.passage_tokens[0] - stats.passage_tokens) <= len(passages)

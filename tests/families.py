@@ -1,0 +1,88 @@
+"""Tiny random models of every supported family, built from configs."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import models as zoo
+
+COMMON: dict[str, Any] = {
+    "vocab_size": 128,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 512,
+    "pad_token_id": 0,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "tie_word_embeddings": False,
+}
+_SLIDING = ["sliding_attention", "full_attention"] * 2
+_CONFIGS: dict[str, Any] = {
+    "llama": lambda: zoo.llama.LlamaConfig(**COMMON),
+    "mistral": lambda: zoo.mistral.MistralConfig(**COMMON, sliding_window=24),
+    "qwen2": lambda: zoo.qwen2.Qwen2Config(**_without(COMMON, "head_dim")),
+    "qwen3": lambda: zoo.qwen3.Qwen3Config(
+        **COMMON, use_sliding_window=True, sliding_window=24, layer_types=_SLIDING
+    ),
+    "phi3": lambda: zoo.phi3.Phi3Config(**_without(COMMON, "head_dim"), sliding_window=24),
+    "gemma2": lambda: zoo.gemma2.Gemma2Config(
+        **COMMON,
+        sliding_window=24,
+        layer_types=_SLIDING,
+        attn_logit_softcapping=2.0,
+        query_pre_attn_scalar=24,
+    ),
+    "gemma3": lambda: zoo.gemma3.Gemma3TextConfig(
+        **COMMON, sliding_window=24, layer_types=_SLIDING, query_pre_attn_scalar=24
+    ),
+    "gpt_oss": lambda: zoo.gpt_oss.GptOssConfig(
+        **COMMON,
+        sliding_window=24,
+        layer_types=_SLIDING,
+        num_local_experts=2,
+        num_experts_per_tok=1,
+    ),
+}
+NAMES = tuple(_CONFIGS)
+CASES = [
+    (name, implementation)
+    for name in NAMES
+    for implementation in ("eager", "sdpa")
+    # transformers refuses sdpa for soft caps and learned sinks
+    if implementation == "eager" or name not in ("gemma2", "gpt_oss")
+]
+# flex attention compiles for half a minute, so it is tried on a plain and on a soft-capped family
+FLEX_CASES = [("llama", "flex_attention"), ("gemma2", "flex_attention")]
+
+
+def _without(values: dict[str, Any], name: str) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if key != name}
+
+
+@cache
+def build(name: str, implementation: str) -> PreTrainedModel:
+    """A float32 model; all implementations of a family share the same weights."""
+    torch.manual_seed(0)
+    config = _CONFIGS[name]()
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=implementation)
+    generator = torch.Generator().manual_seed(1)
+    for parameter in model.parameters():  # sharper attention than the usual initialisation gives
+        if parameter.dim() > 1:
+            spread = 1.6 / parameter.shape[-1] ** 0.5
+            parameter.data.normal_(0.0, spread, generator=generator)
+        elif parameter.shape[0] == COMMON["num_attention_heads"]:
+            parameter.data.normal_(0.0, 1.0, generator=generator)  # GPT-OSS's sinks
+    model.generation_config.eos_token_id = None
+    return model.float().eval()
+
+
+def ids(length: int, seed: int = 0) -> torch.Tensor:
+    """(1, length) random token ids."""
+    return torch.randint(3, 128, (1, length), generator=torch.Generator().manual_seed(seed))
