@@ -176,8 +176,11 @@ class Engine:
     async def aanswer(
         self, question: str, passages: Sequence[str | Passage], **options: Any
     ) -> Answer:
-        """`answer` in a worker thread; takes the same options."""
-        return await asyncio.to_thread(self.answer, question, passages, **options)
+        """`answer` without blocking the event loop; takes the same options.
+
+        Cancelling the task ends the generation after its current step.
+        """
+        return await _last(self.astream(question, passages, **options))
 
     def astream(
         self, question: str, passages: Sequence[str | Passage], **options: Any
@@ -240,8 +243,8 @@ class Engine:
         yield Chunk("", request.answer(text))
 
     async def agenerate(self, prompt: Prompt, **options: Any) -> Answer:
-        """`generate` in a worker thread; takes the same options."""
-        return await asyncio.to_thread(self.generate, prompt, **options)
+        """`generate` without blocking the event loop, as `aanswer`; takes the same options."""
+        return await _last(self.astream_prompt(prompt, **options))
 
     def astream_prompt(self, prompt: Prompt, **options: Any) -> AsyncIterator[Chunk]:
         """`stream_prompt` without blocking the event loop; takes the same options."""
@@ -403,6 +406,15 @@ class _Request:
             finish_reason=self.row.finish_reason or "length",
             context=self.context,
         )
+
+
+async def _last(chunks: AsyncIterator[Chunk]) -> Answer:
+    """Drain a stream and return its answer."""
+    answer = None
+    async for chunk in chunks:
+        answer = chunk.answer
+    assert answer is not None  # the last chunk carries it
+    return answer
 
 
 async def _in_threads(chunks: Iterator[Chunk]) -> AsyncIterator[Chunk]:

@@ -58,9 +58,8 @@ def row_weights(lengths: torch.Tensor, window: int, weighted: bool) -> torch.Ten
     """
     real = lengths.clamp(max=window).unsqueeze(1)  # (batch, 1)
     place = torch.arange(window, device=lengths.device) - (window - real)  # (batch, window)
-    if not weighted:
-        return (place >= 0).float()
-    return torch.where(real > 1, place / (real - 1).clamp(min=1), 1.0).clamp(min=0.0).float()
+    weights = torch.where(real > 1, place / (real - 1).clamp(min=1), 1.0) if weighted else 1.0
+    return (place >= 0).float() * weights
 
 
 def reduce_rows(probabilities: torch.Tensor, weights: torch.Tensor, how: Pool) -> torch.Tensor:

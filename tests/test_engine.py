@@ -217,6 +217,12 @@ async def test_async_streams_do_not_block_the_loop_and_can_be_cancelled() -> Non
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
+    for call in (engine.agenerate, lambda p, **o: engine.aanswer(QUESTION, TEXTS, **o)):
+        job = asyncio.create_task(call(PROMPTS[0], generation=Generation(max_new_tokens=900)))
+        await asyncio.sleep(0.2)
+        job.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await job
     ticks = 0
     stream = asyncio.create_task(engine.agenerate(PROMPTS[0], generation=SHORT))
     while not stream.done():

@@ -1,0 +1,81 @@
+"""The public face: names, light imports, what an installed package carries."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import zipfile
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+import draftsieve
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_public_names_are_pinned() -> None:
+    assert sorted(draftsieve.__all__) == [
+        "Answer",
+        "Chunk",
+        "CompressedContext",
+        "Compressor",
+        "DraftSieveError",
+        "Engine",
+        "Generation",
+        "Passage",
+        "Prompt",
+        "Quantization",
+        "Span",
+        "SpecPC",
+        "Trace",
+        "__version__",
+    ]
+    for name in draftsieve.__all__:
+        assert getattr(draftsieve, name) is not None
+    with pytest.raises(AttributeError, match="nothing_like_it"):
+        _ = draftsieve.nothing_like_it
+    assert version("draftsieve") == draftsieve.__version__
+
+
+def _imported_by(code: str) -> set[str]:
+    show = f"{code}\nimport sys; print('\\n'.join(sys.modules))"
+    run = subprocess.run(
+        [sys.executable, "-c", show], capture_output=True, text=True, check=True, timeout=300
+    )
+    return set(run.stdout.split())
+
+
+def test_importing_the_package_is_light() -> None:
+    assert not {"torch", "transformers"} & _imported_by("import draftsieve")
+
+
+def test_the_core_imports_no_framework() -> None:
+    loaded = _imported_by("import draftsieve.core.engine")
+    assert "torch" in loaded
+    assert not {"langchain_core", "llama_index", "bm25s", "fastapi", "ray"} & loaded
+
+
+def test_a_wheel_carries_code_types_and_the_bundled_pair(tmp_path: Path) -> None:
+    subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", tmp_path, ROOT],
+        check=True,
+        timeout=600,
+        capture_output=True,
+    )
+    (wheel,) = tmp_path.glob("*.whl")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    for name in (
+        "draftsieve/py.typed",
+        "draftsieve/core/engine.py",
+        "draftsieve/core/evaluation/survival.py",
+        "draftsieve/integrations/langchain/__init__.py",
+        "draftsieve/retrievers/bm25.py",
+        "draftsieve/core/builtin/MODEL_CARD.md",
+        "draftsieve/core/builtin/target/model.safetensors",
+        "draftsieve/core/builtin/draft/tokenizer.json",
+    ):
+        assert name in names, name
+    assert wheel.stat().st_size < 40_000_000
+    assert not [name for name in names if name.startswith(("tests/", "examples/"))]

@@ -1,0 +1,38 @@
+"""Every Python block of the README and every example runs as it is written."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+EXAMPLES = sorted(path.name for path in (ROOT / "examples").glob("*_rag.py"))
+
+
+def _run(arguments: list[str]) -> str:
+    run = subprocess.run(
+        [sys.executable, "-W", "error", *arguments],
+        capture_output=True, text=True, cwd=ROOT, timeout=300, check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+def test_there_is_something_to_run() -> None:
+    assert len(BLOCKS) >= 3
+    assert len(EXAMPLES) >= 2
+
+
+@pytest.mark.parametrize("number", range(len(BLOCKS)))
+def test_readme_block(number: int) -> None:
+    _run(["-c", BLOCKS[number]])
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_example(name: str) -> None:
+    assert _run([f"examples/{name}"]).strip()
