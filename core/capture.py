@@ -34,9 +34,10 @@ class AttentionCallback(Protocol):
         query: torch.Tensor,
         key: torch.Tensor,
         mask: Any,
+        value: torch.Tensor,
         **kwargs: Any,
     ) -> None:
-        """Args: query (batch, heads, rows, dim), key (batch, kv_heads, keys, dim)."""
+        """Args: query (batch, heads, rows, dim), key and value (batch, kv_heads, keys, dim)."""
 
 
 _CALLBACK: ContextVar[AttentionCallback | None] = ContextVar("draftsieve_callback", default=None)
@@ -51,7 +52,7 @@ def observing(model: PreTrainedModel, callback: AttentionCallback) -> Iterator[N
 
     Args:
         model: Any transformers model whose attention goes through the attention interface.
-        callback: Gets each layer's module, query, key, mask and the interface's keyword arguments.
+        callback: Gets each layer's module, query, key, mask, value and the interface's keyword arguments.
     """
     configs = _attention_configs(model)
     with _LOCK:
@@ -110,7 +111,7 @@ def _attention(
     run = ALL_ATTENTION_FUNCTIONS.get_interface(_BASE[id(module.config)], eager)
     out = run(module, query, key, value, mask, **kwargs)
     if (callback := _CALLBACK.get()) is not None:
-        callback(module, query, key, mask, **kwargs)
+        callback(module, query, key, mask, value=value, **kwargs)
     return out
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .config import Generation, Quantization, SpecPC
@@ -48,6 +49,7 @@ class Compressor:
         model: The draft, any causal model of transformers' attention interface.
         tokenizer: Its tokenizer (with a fast backend).
         template_options: Extra arguments of the chat template, such as `enable_thinking`.
+        progress: Show a bar while a prompt longer than the draft's window is read.
     """
 
     def __init__(
@@ -56,8 +58,10 @@ class Compressor:
         tokenizer: PreTrainedTokenizerBase,
         *,
         template_options: Mapping[str, Any] | None = None,
+        progress: bool = True,
     ) -> None:
         self.model = model.eval()
+        self.progress = progress
         self.tokenizer = tokenizer
         self.encoder = PromptEncoder(tokenizer, template_options)
 
@@ -75,6 +79,8 @@ class Compressor:
     ) -> Compressor:
         """Load the draft: "builtin:draft", a folder or a hub id (see `load_model`).
 
+        `progress=False` turns all bars off, while loading and later.
+
         Raises:
             ModelNotFoundError: There is no such model.
         """
@@ -86,7 +92,9 @@ class Compressor:
             trust_remote_code=trust_remote_code,
             progress=progress,
         )
-        return cls(loaded.model, loaded.tokenizer, template_options=template_options)
+        return cls(
+            loaded.model, loaded.tokenizer, template_options=template_options, progress=progress
+        )
 
     def compress(
         self,
@@ -212,7 +220,7 @@ class Compressor:
             return self._scores(tokens, method, lookahead)
         logger.info("The prompt exceeds the draft's window: %d groups are read.", len(groups))
         scores = torch.zeros(len(tokens))
-        for group in groups:
+        for group in tqdm(groups, "Draft reads", leave=False, disable=not self.progress):
             part = self.encoder.encode(prompt.with_texts(group_texts(len(texts), texts, group)))
             found = self._scores(part, method, lookahead)
             spread_scores(scores, tokens, group, part, found)

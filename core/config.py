@@ -9,13 +9,23 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 Pool = Literal["max", "mean"]
 Unit = Literal["token", "word", "sentence", "passage"]
 PositiveInt = Annotated[int, Field(ge=1, strict=True)]
-DEFAULT_CAPACITY = 1024
 
 
 class Options(BaseModel):
     """Base of all options: immutable, unknown names refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+def _one_budget(values: object, default: int) -> object:
+    """`capacity` unless `ratio` is given; both together are an error."""
+    if not isinstance(values, dict):
+        return values
+    if values.get("capacity") is not None and values.get("ratio") is not None:
+        raise ValueError("capacity and ratio exclude each other: give one of them.")
+    if values.get("ratio") is None and values.get("capacity") is None:
+        return {**values, "capacity": default}
+    return values
 
 
 class SpecPC(Options):
@@ -59,18 +69,46 @@ class SpecPC(Options):
     @model_validator(mode="before")
     @classmethod
     def _one_budget(cls, values: object) -> object:
-        if not isinstance(values, dict):
-            return values
-        if values.get("capacity") is not None and values.get("ratio") is not None:
-            raise ValueError("capacity and ratio exclude each other: give one of them.")
-        if values.get("ratio") is None and values.get("capacity") is None:
-            return {**values, "capacity": DEFAULT_CAPACITY}
-        return values
+        return _one_budget(values, 1024)
 
     @property
     def neighbors(self) -> int:
         """Tokens a selected token brings, itself included (at least 1)."""
         return max(1, self.kernel_size if self.neighbor_tokens is None else self.neighbor_tokens)
+
+
+class SpecKV(Options):
+    """KV-cache eviction by the draft's lookahead (paper section 4.1, Algorithm 1).
+
+    Args:
+        capacity: KV entries kept per layer and KV head, window included; 512 unless `ratio` is
+            given.
+        ratio: Entries kept as a share of the prompt's tokens, in (0, 1]; excludes `capacity`.
+        window_size: The last W prompt tokens before the final one look at the rest and stay.
+        kernel_size: Odd width of the pooling over positions.
+        pool: "max", "mean" or None.
+        reduction: How rows and the heads of a group are merged, "max" or "mean".
+        lookahead_tokens: Tokens the draft guesses; None means the generation's `max_new_tokens`.
+    """
+
+    capacity: PositiveInt | None = None
+    ratio: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    window_size: PositiveInt = 32
+    kernel_size: PositiveInt = 7
+    pool: Pool | None = "max"
+    reduction: Pool = "max"
+    lookahead_tokens: PositiveInt | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_budget(cls, values: object) -> object:
+        return _one_budget(values, 512)
+
+    @model_validator(mode="after")
+    def _odd_kernel(self) -> SpecKV:
+        if self.kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size must be odd, got {self.kernel_size}.")
+        return self
 
 
 class Generation(Options):

@@ -15,6 +15,7 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 from transformers import (
+    Cache,
     DynamicCache,
     LogitsProcessorList,
     MinPLogitsWarper,
@@ -28,38 +29,59 @@ from transformers import (
 from .config import Generation
 
 
+@dataclass(frozen=True, slots=True)
+class Start:
+    """Where decoding begins: a cache, and the tokens to feed next."""
+
+    cache: Cache
+    feed: torch.Tensor  # (batch, new) int64
+    mask: torch.Tensor  # (batch, seen + new) int64, 0 at padding
+    positions: torch.Tensor  # (batch, new) int64
+
+
+def from_scratch(model: PreTrainedModel, prompts: Sequence[torch.Tensor]) -> Start:
+    """An empty cache and left-padded prompts."""
+    ids, mask = pad_left(prompts, model.device)
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    return Start(DynamicCache(config=model.config), ids, mask, positions)
+
+
 def next_tokens(
-    model: PreTrainedModel, prompts: Sequence[torch.Tensor], generation: Generation
+    model: PreTrainedModel,
+    prompts: Sequence[torch.Tensor],
+    generation: Generation,
+    start: Start | None = None,
 ) -> Iterator[list[int]]:
     """Generate token by token; close the iterator to stop, which frees the KV cache.
 
     Args:
         model: The target.
-        prompts: One (tokens,) int64 tensor per row; shorter ones are padded on the left.
+        prompts: One (tokens,) int64 tensor per row.
         generation: Sampling options; `max_new_tokens` bounds the steps, end tokens do not.
+        start: A prefilled cache; None reads the prompts.
 
     Yields:
         The next token of every row.
     """
-    input_ids, padding = pad_left(prompts, model.device)
-    cache = DynamicCache(config=model.config)
+    start = start or from_scratch(model, prompts)
     samplers = [_Sampler(prompt, generation) for prompt in prompts]
-    feed = input_ids
+    feed, mask, positions = start.feed, start.mask, start.positions
     for step in range(generation.max_new_tokens):
         with torch.no_grad():
             logits = model(
                 input_ids=feed,
-                attention_mask=padding,
-                position_ids=(padding.cumsum(-1) - 1).clamp(min=0)[:, -feed.shape[1] :],
-                past_key_values=cache,
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=start.cache,
                 use_cache=True,
                 logits_to_keep=1,
             ).logits[:, -1]  # (batch, vocabulary)
         chosen = [sampler.choose(row) for sampler, row in zip(samplers, logits, strict=True)]
         yield chosen
         if step + 1 < generation.max_new_tokens:
-            feed = torch.tensor(chosen, device=input_ids.device).unsqueeze(1)
-            padding = torch.cat([padding, torch.ones_like(padding[:, :1])], dim=1)
+            feed = torch.tensor(chosen, device=mask.device).unsqueeze(1)
+            mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
+            positions = positions[:, -1:] + 1
 
 
 def pad_left(

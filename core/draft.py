@@ -90,6 +90,7 @@ class _Rows:
         query: torch.Tensor,
         key: torch.Tensor,
         mask: Any,
+        value: torch.Tensor,
         **kwargs: Any,
     ) -> None:
         if module.layer_idx < self.first_layer:  # type: ignore[operator]

@@ -11,7 +11,8 @@ so one that edits message text otherwise than by trimming or JSON quoting it (Qw
 thoughts out of earlier answers) leaves it as it is here. Every added token counts as a control
 token, plain words that were added for fine-tuning too. Tokens added to a tokenizer after its
 encoder was made are not known to it. A control token of a single character that the model's own
-vocabulary spells stays reachable.
+vocabulary spells stays reachable. Control tokens are found as written: a normalizer that changes
+them (flag `normalized`, with Llama's old "Prepend") is not imitated.
 """
 
 from __future__ import annotations
@@ -80,7 +81,6 @@ class _Control:
     id: int
     lstrip: bool
     rstrip: bool
-    normalized: bool
 
 
 class PromptEncoder:
@@ -325,11 +325,9 @@ class _PlainText:
         control = [token for token in added if not _is_blank(token["content"])]
         kept = [token for token in added if _is_blank(token["content"])]
         spec.update(added_tokens=kept, post_processor=None, truncation=None, padding=None)
-        # As at the start of the prompt; after a control token; after one matched in normalised
-        # text; after a break inside a word.
+        # As at the start of the prompt; after a control token; after a break inside a word.
         self._first = Tokenizer.from_str(json.dumps(spec))
         self._inner = self._without(spec, {"first"})
-        self._joined = self._without(spec, {"first", "Prepend"})
         self._bare = self._without(spec, {"first", "always", "Prepend", "ByteLevel"})
         self._renumber = {i: t["id"] for t in kept if (i := self._id(t["content"])) != t["id"]}
         self._controls = {token["content"]: _read_control(token) for token in control}
@@ -368,7 +366,7 @@ class _PlainText:
             encoded.append(self._stretch(text[place:left], place, tokenizer))
             encoded.append(_Encoded(np.array([control.id]), np.array([start]), np.array([end])))
             place = end + _leading_spaces(text, end) if control.rstrip else end
-            tokenizer = self._joined if control.normalized else self._inner
+            tokenizer = self._inner
         encoded.append(self._stretch(text[place:], place, tokenizer))
         return _join(encoded)
 
@@ -417,7 +415,7 @@ def _is_blank(token: str) -> bool:
 
 
 def _read_control(token: _Json) -> _Control:
-    return _Control(token["id"], token["lstrip"], token["rstrip"], token["normalized"])
+    return _Control(token["id"], token["lstrip"], token["rstrip"])
 
 
 def _control_pattern(tokens: Sequence[_Json]) -> re.Pattern[str]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .compressor import Clock, Compressor, OnError
@@ -36,6 +37,7 @@ class Engine:
         draft_tokenizer: None means the target's.
         template_options: Extra arguments of both chat templates, such as `enable_thinking`.
         name: What `model_name` says.
+        progress: Show bars for long work (many prompts, prompts beyond the draft's window).
     """
 
     def __init__(
@@ -47,7 +49,9 @@ class Engine:
         draft_tokenizer: PreTrainedTokenizerBase | None = None,
         template_options: Mapping[str, Any] | None = None,
         name: str | None = None,
+        progress: bool = True,
     ) -> None:
+        self.progress = progress
         self.target = target_model.eval()
         self.draft = None if draft_model is None else draft_model.eval()
         self.model_name = name or target_model.config.name_or_path or "target"
@@ -57,7 +61,9 @@ class Engine:
         self.compressor: Compressor | None = None
         reader = draft_tokenizer or tokenizer
         if draft_model is not None and reader is not None:
-            self.compressor = Compressor(draft_model, reader, template_options=template_options)
+            self.compressor = Compressor(
+                draft_model, reader, template_options=template_options, progress=progress
+            )
 
     @classmethod
     def load(
@@ -86,7 +92,7 @@ class Engine:
             dtype: Of both, see `load_model`.
             template_options: Extra arguments of both chat templates.
             trust_remote_code: Run code that a hub repository carries; off unless you ask for it.
-            progress: Show loading bars.
+            progress: Show bars while loading and for long work.
 
         Raises:
             ModelNotFoundError: A model does not exist or cannot be reached.
@@ -108,6 +114,7 @@ class Engine:
             draft_tokenizer=None if small is None else small.tokenizer,
             template_options=template_options,
             name=big.name,
+            progress=progress,
         )
 
     # -- question and passages ------------------------------------------------------------------
@@ -216,7 +223,9 @@ class Engine:
         In float32 each row gets what it gets alone, token for token.
         """
         options = generation or Generation()
-        requests = [self._prepare(prompt, method, options, on_error) for prompt in prompts]
+        quiet = not self.progress or method is None or len(prompts) < 4
+        bar = tqdm(prompts, "Draft reads prompts", leave=False, disable=quiet)
+        requests = [self._prepare(prompt, method, options, on_error) for prompt in bar]
         if not requests:
             return []
         texts = [""] * len(requests)

@@ -6,15 +6,19 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from draftsieve.core.compressor import Compressor
-from draftsieve.core.engine import Engine
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from draftsieve.core.compressor import Compressor
+from draftsieve.core.engine import Engine
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+BUILTIN = Path(__file__).parent.parent / "core" / "builtin"
 QUESTION = "When does the ferry to Holm leave?"
 TEXTS = [
     "The ferry to Holm leaves at seven in the morning. It returns at noon, except on Sundays.",
@@ -77,6 +81,12 @@ def tiny_engine() -> Engine:
     return Engine(
         tiny_model(64, seed=2), tiny_tokenizer(), draft_model=tiny_model(32, seed=1), name="tiny"
     )
+
+
+needs_pair = pytest.mark.skipif(
+    not all((BUILTIN / name / "config.json").is_file() for name in ("target", "draft")),
+    reason="the bundled pair is not in this checkout yet",
+)
 
 
 @pytest.fixture(autouse=True)

@@ -7,18 +7,20 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import AddedToken
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
 from draftsieve.core.encoding import PLAIN_TEMPLATE, PromptEncoder
 from draftsieve.core.errors import ModelError, PromptError
 from draftsieve.core.prompt import Prompt
 from draftsieve.core.types import PromptTokens, Segment
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from .tokenizer_styles import CORPUS, STYLES, chatml, gemma, llama3, phi3, unigram, wordpiece
 
 NO_SYSTEM = {"gemma"}  # their templates refuse it
 BENIGN = [
     "The lighthouse at Kestrel Point was built in 1884.",
-    "Two  spaces, a tab\there,\n\nblank lines\r\nand CRLF; naïve café.",
+    "Two  spaces, a tab\there,\n\nblank lines\r\nand CRLF,\n\n\nthree; naïve café.",
     "東京は夜の七時 привет мир שלום עולם 🎉👩‍👩‍👧 e\u0301a\u0300",
     "nul \x00 byte, \ufffd and \u200b\u202e marks",
 ]
@@ -120,6 +122,20 @@ def test_attack_strings_do_become_control_tokens_without_the_encoder() -> None:
         assert control_ids(tokenizer) & set(tokenizer.encode(EVIL, add_special_tokens=False))
 
 
+def test_breaking_a_spelt_control_token_adds_no_space() -> None:
+    tokens = unigram().convert_ids_to_tokens(PromptEncoder(unigram()).encode_text("the</s>the"))
+    assert [token for token in tokens[1:] if token.startswith("▁")] == []
+
+
+def test_templates_that_trim_only_lines() -> None:
+    template = "{% for m in messages %}{{ m.content.strip('\\n') }}<|im_end|>\n{% endfor %}"
+    tokenizer = with_template(chatml(), template)
+    messages = [{"role": "user", "content": "\n\n  Who wrote?  \n"}]
+    tokens = PromptEncoder(tokenizer).encode(Prompt.from_messages(messages))
+    assert tokens.ids.tolist() == reference(tokenizer, messages)
+    assert tokenizer.decode(tokens.ids.tolist()).startswith("  Who wrote?  <")
+
+
 def test_many_spelt_control_tokens_cost_linear_time() -> None:
     started = time.perf_counter()
     ids = PromptEncoder(unigram()).encode_text("</s>" * 5_000)
@@ -166,6 +182,16 @@ def test_bytes_of_one_character_share_its_span() -> None:
     assert PromptEncoder(llama3()).offsets("a🎉b") == [(0, 1), *[(1, 2)] * 4, (2, 3)]
 
 
+@pytest.mark.parametrize("style", ["chatml", "llama3"])
+def test_a_span_holds_all_characters_of_its_tokens(style: str) -> None:
+    tokenizer, text = STYLES[style](), "Ada 東京は夜の七時 привет 🎉🎊 café"
+    encoder = PromptEncoder(tokenizer)
+    ids, spans = encoder.encode_text(text), encoder.offsets(text)
+    for start, end in dict.fromkeys(spans):
+        own = [i for i, span in zip(ids, spans, strict=True) if span == (start, end)]
+        assert tokenizer.decode(own) == text[start:end]
+
+
 def test_composed_characters_leave_no_gap() -> None:
     spans = dict.fromkeys(PromptEncoder(chatml()).offsets("xe\u0301y"))
     assert list(spans) == [(0, 1), (1, 3), (3, 4)]
@@ -195,6 +221,15 @@ def test_segments_of_tokens() -> None:
     assert texts[Segment.QUESTION].strip() == "Who wrote?"
     assert texts[Segment.NUMBER].replace(" ", "") == "[1][2]"
     assert torch.equal(tokens.protected, tokens.passage < 0)
+
+
+def test_a_token_of_two_parts_belongs_to_the_later_one() -> None:
+    tokenizer = chatml()
+    tokens = PromptEncoder(tokenizer).encode(Prompt.from_question("the lamp", ["the board"]))
+    for segment, text in ((Segment.QUESTION, " the lamp"), (Segment.PASSAGE, " the board")):
+        own = tokens.segment == int(segment)
+        assert tokenizer.decode(tokens.ids[own].tolist()) == text
+    assert tokens.start[tokens.passage == 0].tolist()[0] == 0
 
 
 def test_refused_and_dropped_system_text_goes_to_the_user_message() -> None:
@@ -276,12 +311,20 @@ def test_space_swallowing_tokens() -> None:
     messages = [{"role": "user", "content": "   \n Who?"}]
     tokens = PromptEncoder(phi3()).encode(Prompt.from_messages(messages))
     assert tokens.ids.tolist() == reference(phi3(), messages)
-    template = "{% for m in messages %}{{ m.content }}[MASK]{% endfor %}"
-    tokenizer = with_template(wordpiece(), template)
-    prompt = Prompt.from_messages([{"role": "user", "content": "who wrote  "}])
-    assert PromptEncoder(tokenizer).encode(prompt).ids.tolist() == reference(
-        tokenizer, [{"role": "user", "content": "who wrote  "}]
-    )
+
+
+@Style
+@pytest.mark.parametrize("options", [{}, {"lstrip": True}, {"rstrip": True}, {"normalized": True}])
+def test_every_way_of_matching_added_tokens(style: str, options: dict[str, bool]) -> None:
+    if style == "llama2_legacy" and options.get("normalized"):
+        pytest.skip("its normalizer turns <sep> into ▁<sep>, which the encoder does not imitate")
+    template = "{% for m in messages %}{{ m.content }}<sep>again <sep>  the <sep>{% endfor %}"
+    tokenizer = with_template(STYLES[style](), template)
+    tokenizer.add_tokens([AddedToken("<sep>", **{"normalized": False, **options})])
+    for text in ("Who wrote it?", "Who wrote it?  \n", "  who"):
+        messages = [{"role": "user", "content": text}]
+        tokens = PromptEncoder(tokenizer).encode(Prompt.from_messages(messages))
+        assert tokens.ids.tolist() == reference(tokenizer, messages)
 
 
 def test_a_tokenizer_without_template_knows_no_tools() -> None:

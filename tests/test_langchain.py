@@ -10,22 +10,10 @@ from collections.abc import Iterator
 from copy import deepcopy
 from importlib import import_module
 from pathlib import Path
+from runpy import run_path
 from typing import Any
 
 import pytest
-from draftsieve.core.config import Generation, SpecPC
-from draftsieve.core.engine import Engine
-from draftsieve.core.errors import (
-    BudgetError,
-    MissingExtraError,
-    ModelError,
-    ModelNotFoundError,
-    PromptError,
-)
-from draftsieve.core.prompt import Prompt
-from draftsieve.core.types import Chunk, Passage
-from draftsieve.integrations.langchain import ChatDraftSieve, DraftCompressor, DraftSieveLLM
-from draftsieve.integrations.langchain.messages import as_mappings
 from langchain_core.caches import InMemoryCache
 from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.documents import Document
@@ -41,10 +29,26 @@ from langchain_core.messages import (
 from langchain_core.runnables import RunnableLambda
 from pydantic import ValidationError
 
+from draftsieve.core.config import Generation, SpecPC
+from draftsieve.core.engine import Engine
+from draftsieve.core.errors import (
+    BudgetError,
+    MissingExtraError,
+    ModelError,
+    ModelNotFoundError,
+    PromptError,
+)
+from draftsieve.core.prompt import Prompt
+from draftsieve.core.types import Chunk, Passage
+from draftsieve.integrations.langchain import ChatDraftSieve, DraftCompressor, DraftSieveLLM
+from draftsieve.integrations.langchain.messages import as_mappings
+
 from .adapters_fixtures import (
+    EXAMPLES,
     QUESTION,
     TEXTS,
     counted,
+    needs_pair,
     one_thread,
     tiny_compressor,
     tiny_engine,
@@ -266,7 +270,8 @@ def test_a_stream_adds_up_to_the_answer() -> None:
     assert calls == ["stream_prompt"]
     assert len(chunks) > 2
     assert [c.usage_metadata is not None for c in chunks].count(True) == 1
-    assert [c.chunk_position for c in chunks][-1] == "last"
+    assert chunks[-1].chunk_position == "last"
+    assert chunks[-1].usage_metadata is not None
     whole = add(chunks)
     answer = model.invoke(document_messages())
     assert whole.content == answer.content
@@ -381,6 +386,7 @@ def test_a_chat_model_loads_a_pair_when_it_is_made(pair_folder: Path) -> None:
     message = model.invoke(document_messages())
     assert message.usage_metadata["output_tokens"] == 4
     assert model._identifying_params["model"] == folder
+    assert model.profile == {"max_input_tokens": 1024}
 
 
 def test_failed_compression_answers_from_whole_documents(caplog: pytest.LogCaptureFixture) -> None:
@@ -470,12 +476,16 @@ def test_a_cache_tells_methods_apart() -> None:
     assert calls == []
 
 
-async def test_a_cache_does_not_confuse_documents() -> None:
+@pytest.mark.parametrize("everywhere", [False, True])
+async def test_a_cache_does_not_confuse_documents(
+    everywhere: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("langchain_core.globals._llm_cache", InMemoryCache())
     question = "Which one?"
     for make in (chat, llm):
-        model = make(cache=InMemoryCache())
+        model = make() if everywhere else make(cache=InMemoryCache())
         for texts in (["Alpha."], ["Beta, gamma and delta."]):
-            expected = make().invoke(question, documents=texts)
+            expected = make(cache=False).invoke(question, documents=texts)
             for _ in range(2):
                 found = model.invoke(question, documents=texts)
                 assert text_of(found) == text_of(expected)
@@ -500,6 +510,14 @@ def test_compressor_and_chat_model_make_a_chain() -> None:
         | chat()
     )
     assert chain.invoke(QUESTION).content
+
+
+@needs_pair
+def test_the_example_answers(capsys: pytest.CaptureFixture[str]) -> None:
+    run_path(str(EXAMPLES / "langchain_rag.py"))
+    lines = capsys.readouterr().out.splitlines()
+    assert "AK-731" in lines[0]
+    assert len(lines) == 4
 
 
 # -- LLM ----------------------------------------------------------------------------------------

@@ -7,22 +7,16 @@ import sys
 from copy import deepcopy
 from importlib import import_module
 from pathlib import Path
+from runpy import run_path
 from typing import Any
 
 import pytest
-from draftsieve.core.config import SpecPC
-from draftsieve.core.errors import (
-    BudgetError,
-    MissingExtraError,
-    ModelNotFoundError,
-    PromptError,
-)
-from draftsieve.integrations.llama_index import DraftSievePostprocessor
 from llama_index.core.instrumentation.events.rerank import ReRankEndEvent, ReRankStartEvent
 from llama_index.core.schema import (
     Document,
     ImageNode,
     IndexNode,
+    MediaResource,
     MetadataMode,
     NodeRelationship,
     NodeWithScore,
@@ -34,7 +28,24 @@ from llama_index_instrumentation import get_dispatcher
 from llama_index_instrumentation.event_handlers.base import BaseEventHandler
 from pydantic import PrivateAttr, ValidationError
 
-from .adapters_fixtures import QUESTION, TEXTS, counted, one_thread, tiny_compressor
+from draftsieve.core.config import SpecPC
+from draftsieve.core.errors import (
+    BudgetError,
+    MissingExtraError,
+    ModelNotFoundError,
+    PromptError,
+)
+from draftsieve.integrations.llama_index import DraftSievePostprocessor
+
+from .adapters_fixtures import (
+    EXAMPLES,
+    QUESTION,
+    TEXTS,
+    counted,
+    needs_pair,
+    one_thread,
+    tiny_compressor,
+)
 
 __all__ = ["one_thread"]  # used by every test
 METHOD = SpecPC(ratio=0.4, unit="word")
@@ -126,6 +137,10 @@ def test_nothing_dropped_means_nothing_changed_but_metadata() -> None:
         new.node.excluded_llm_metadata_keys.remove("draftsieve")
         new.node.excluded_embed_metadata_keys.remove("draftsieve")
     assert plain(found) == plain(nodes())
+    page = Document(text_resource=MediaResource(text=TEXTS[0], mimetype="text/markdown"))
+    whole = postprocessor(method=SpecPC(capacity=1000))
+    found = whole.postprocess_nodes([NodeWithScore(node=page)], QUERY)
+    assert found[0].node.text_resource == page.text_resource
 
 
 def test_nodes_of_other_kinds_are_kept() -> None:
@@ -229,6 +244,14 @@ def test_the_component_names_itself() -> None:
     assert stored["model"] == "tiny-32"
     again = DraftSievePostprocessor.from_dict(stored, compressor=tiny_compressor())
     assert again.to_dict() == stored
+
+
+@needs_pair
+def test_the_example_answers(capsys: pytest.CaptureFixture[str]) -> None:
+    run_path(str(EXAMPLES / "llama_index_rag.py"))
+    lines = capsys.readouterr().out.splitlines()
+    assert "AK-731" in lines[0]
+    assert len(lines) == 4
 
 
 def test_missing_llama_index_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+
 from draftsieve.core.errors import PromptError
 from draftsieve.core.prompt import DEFAULT_SYSTEM, Prompt
 from draftsieve.core.types import Passage, Segment

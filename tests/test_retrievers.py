@@ -9,6 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+
 from draftsieve.core.errors import MissingExtraError, PromptError
 from draftsieve.core.types import Passage
 from draftsieve.retrievers import Bm25Index, FolderError, paragraphs, read_folder

@@ -129,7 +129,7 @@ def gemma() -> PreTrainedTokenizerFast:
     tokenizer = _metaspace_bpe(names, prefix="never")
     tokenizer.normalizer = normalizers.Replace(" ", "▁")
     tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
-    tokenizer.add_tokens([AddedToken(name, normalized=False) for name in ("<table>", "\n\n")])
+    tokenizer.add_tokens([AddedToken(name, normalized=False) for name in ("<table>", "\n\n\n")])
     return _fast(tokenizer, GEMMA, unk_token="<unk>", bos_token="<bos>", eos_token="<eos>")
 
 

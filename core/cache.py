@@ -1,0 +1,104 @@
+"""The one file that knows transformers' cache internals: a KV cache that is physically smaller.
+
+An evicted layer holds `slots` entries a head although `seen` tokens went by. Its slots pose as the
+last positions before the next token, so transformers' masks fit; keys keep the rotation of their
+original positions. While the prompt is read the layer stores nothing: the attention callback hands it
+what to keep, so no two layers hold their full keys and values at once.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+
+from .errors import ModelError
+
+
+class EvictedLayer(DynamicLayer):  # type: ignore[misc]
+    """Keys and values of chosen prompt positions, (batch, kv_heads, slots, head_dim) each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reading = True  # the prompt goes by; nothing is stored
+        self.hidden = 0  # seen tokens that hold no slot
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Pass the prompt through; later append as usual."""
+        if self.reading:
+            return key_states, value_states
+        keys, values = super().update(key_states, value_states, *args, **kwargs)
+        return keys, values
+
+    def keep(
+        self, keys: torch.Tensor, values: torch.Tensor, indices: torch.Tensor, seen: int
+    ) -> None:
+        """Store copies of the chosen entries and end the reading.
+
+        Args:
+            keys: (batch, kv_heads, tokens, head_dim) of the whole prompt.
+            values: Same shape.
+            indices: (batch, kv_heads, slots) int64, ascending per head.
+            seen: Tokens that the cache stands for.
+        """
+        where = indices.unsqueeze(-1).expand(-1, -1, -1, keys.shape[-1])
+        self.lazy_initialization(keys, values)
+        self.keys = keys.gather(2, where)
+        where = indices.unsqueeze(-1).expand(-1, -1, -1, values.shape[-1])
+        self.values = values.gather(2, where)
+        self.hidden = seen - indices.shape[-1]
+        self.reading = False
+
+    def get_seq_length(self) -> int:
+        """Logical length: tokens seen, kept or not."""
+        if self.reading or self.keys is None:
+            return 0
+        return self.hidden + int(self.keys.shape[-2])
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """(physical length, offset): the slots are the newest positions of the mask."""
+        if self.reading or self.keys is None:
+            return query_length, 0
+        return int(self.keys.shape[-2]) + query_length, self.hidden
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the newest tokens; entries kept from the prompt cannot be told apart."""
+        generated = self.get_seq_length() - self.hidden
+        if -tokens_to_remove >= generated > 0:
+            raise ModelError(
+                f"Cannot crop {-tokens_to_remove} tokens of an evicted cache: it holds only "
+                f"{generated} entries, and evicted ones do not come back."
+            )
+        super().crop(tokens_to_remove)
+
+    def reset(self) -> None:
+        """Forget everything and read again."""
+        super().reset()
+        self.reading, self.hidden = True, 0
+
+
+def evicting_cache(model: PreTrainedModel) -> Cache:
+    """A cache whose layers all wait to be told what to keep.
+
+    Raises:
+        ModelError: A layer is not plain full attention.
+    """
+    cache = DynamicCache(config=model.config)
+    kinds = {type(layer).__name__ for layer in cache.layers} - {"DynamicLayer"}
+    if kinds or not cache.layers:
+        raise ModelError(
+            f"SpecKV evicts full-attention layers, but this model's cache has {sorted(kinds)}: "
+            "sliding-window and linear-attention layers are not supported yet. Use SpecPC."
+        )
+    cache.layers = [EvictedLayer() for _ in cache.layers]
+    return cache
+
+
+def cache_bytes(cache: Cache) -> int:
+    """Bytes of storage that a cache's tensors keep alive."""
+    tensors = (t for layer in cache.layers for t in (layer.keys, layer.values) if t is not None)
+    return sum(t.untyped_storage().nbytes() for t in tensors)

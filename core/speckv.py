@@ -1,0 +1,182 @@
+"""SpecKV, KV-cache eviction by the draft's lookahead (arXiv 2506.08373, Algorithm 1).
+
+The target reads prompt + lookahead once; in every layer the queries of the last prompt tokens and
+of the lookahead score the prompt's keys per KV head, and only the best entries stay. The last prompt
+token is then fed again, so that decoding starts from the evicted cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from .cache import EvictedLayer, evicting_cache
+from .capture import observing, visible_keys
+from .config import SpecKV
+from .decode import Start, pad_left
+from .scoring import attention_probabilities
+
+
+@dataclass(frozen=True, slots=True)
+class Eviction:
+    """What SpecKV did to a batch of prompts."""
+
+    start: Start  # where decoding goes on
+    scores: tuple[torch.Tensor, ...]  # per layer (batch, kv_heads, columns), pooled; -inf: no rival
+    kept: tuple[torch.Tensor, ...]  # per layer (batch, kv_heads, slots) columns
+    slots: torch.Tensor  # (batch, slots) bool, False where a row fills fewer
+    pads: torch.Tensor  # (batch,) columns in front of each prompt
+
+
+def evict(
+    model: PreTrainedModel,
+    prompts: Sequence[torch.Tensor],
+    lookaheads: Sequence[torch.Tensor],
+    options: SpecKV,
+    capacity: int,
+) -> Eviction:
+    """Prefill a target and keep `capacity` KV entries per layer and KV head.
+
+    Prompts end in the same column (shorter ones are padded on the left), lookaheads start in the
+    next one; a prompt of at most `capacity` + 1 tokens keeps all its entries.
+
+    Args:
+        model: The target.
+        prompts: (tokens,) int64 each, at least 2 tokens.
+        lookaheads: (tokens,) int64 each, the draft's guessed answers; may be empty.
+        options: Window, kernel, pooling and reduction.
+        capacity: C, entries kept, window included. Below the window the newest C are kept.
+    """
+    ids, mask = pad_left(prompts, model.device)  # (batch, columns)
+    guess, guess_mask = _pad_right(lookaheads, model.device)
+    padding = torch.cat([mask, guess_mask], dim=1)
+    columns = ids.shape[1]
+    lengths = mask.sum(1)
+    slots = torch.clamp(lengths - 1, max=capacity)  # (batch,) entries each row keeps
+    evictor = _Evictor(padding.bool(), columns, lengths, guess_mask.sum(1), slots, options)
+    cache = evicting_cache(model)
+    evictor.cache = cache
+    with torch.no_grad(), observing(model, evictor):
+        model.get_decoder()(
+            input_ids=torch.cat([ids, guess], dim=1),
+            attention_mask=padding,
+            position_ids=(padding.cumsum(-1) - 1).clamp(min=0),
+            past_key_values=cache,
+            use_cache=True,
+        )
+    filled = evictor.filled
+    start_mask = torch.zeros_like(mask)
+    start_mask[:, columns - 1 - filled.shape[1] : columns - 1] = filled.long()
+    start_mask[:, -1] = 1
+    start = Start(cache, ids[:, -1:], start_mask, (lengths - 1).unsqueeze(1))
+    pads = columns - lengths
+    return Eviction(start, tuple(evictor.scores), tuple(evictor.kept), filled, pads)
+
+
+def _pad_right(
+    rows: Sequence[torch.Tensor], device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    longest = max((row.numel() for row in rows), default=0)
+    ids = torch.zeros((len(rows), longest), dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for index, row in enumerate(rows):
+        ids[index, : row.numel()] = row
+        mask[index, : row.numel()] = 1
+    return ids.to(device), mask.to(device)
+
+
+class _Evictor:
+    """Attention callback: scores a layer's keys and tells its cache what to keep."""
+
+    def __init__(
+        self,
+        padding: torch.Tensor,
+        columns: int,
+        lengths: torch.Tensor,
+        guessed: torch.Tensor,
+        slots: torch.Tensor,
+        options: SpecKV,
+    ) -> None:
+        self.cache: Any = None
+        self.padding, self.columns, self.options = padding, columns, options
+        self.capacity = int(slots.max())
+        place = torch.arange(columns, device=padding.device)
+        self.real = place >= (columns - lengths).unsqueeze(1)  # (batch, columns)
+        # the window: the last W prompt tokens before the final one, cut to what the row may keep
+        self.window = torch.clamp(slots, max=options.window_size).unsqueeze(1)
+        self.slots = slots.unsqueeze(1)
+        before_last = place < columns - 1
+        self.fixed = self.real & before_last & (place >= columns - 1 - self.window)
+        self.rivals = self.real & before_last & ~self.fixed
+        self.filled = torch.arange(self.capacity, device=padding.device) >= (
+            self.capacity - self.slots
+        )
+        rows = options.window_size + 1 + padding.shape[1] - columns
+        self.rows = min(rows, padding.shape[1])
+        newest = torch.arange(padding.shape[1] - self.rows, padding.shape[1], device=padding.device)
+        # a row looks if it is no padding and, in the prompt, within W + 1 of its end
+        self.looks = padding[:, newest] & (newest >= columns - 1 - options.window_size)
+        self.scores: list[torch.Tensor] = []
+        self.kept: list[torch.Tensor] = []
+
+    def __call__(
+        self,
+        module: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        mask: Any,
+        value: torch.Tensor,
+        **kwargs: Any,
+    ) -> None:
+        layer = self.cache.layers[module.layer_idx]
+        assert isinstance(layer, EvictedLayer)
+        window = kwargs.get("sliding_window")
+        view = visible_keys(module, key, mask, self.padding, self.rows, window)
+        probabilities = attention_probabilities(
+            query[:, :, -self.rows :],
+            key,
+            view.visible,
+            kwargs.get("scaling") or query.shape[-1] ** -0.5,
+            kwargs.get("softcap"),
+            kwargs.get("s_aux"),
+        )[..., : self.columns]
+        pooled = self._pool(self._reduce(probabilities, key.shape[1]))
+        kept = self._choose(pooled)
+        layer.keep(key, value, kept, self.columns - 1)
+        self.scores.append(pooled.cpu())
+        self.kept.append(kept.cpu())
+
+    def _reduce(self, probabilities: torch.Tensor, kv_heads: int) -> torch.Tensor:
+        """(batch, heads, rows, columns) -> (batch, kv_heads, columns)."""
+        batch, heads, rows, columns = probabilities.shape
+        looking = probabilities * self.looks[:, None, :, None]
+        grouped = looking.view(batch, kv_heads, heads // kv_heads * rows, columns)
+        if self.options.reduction == "max":
+            return grouped.amax(2)
+        terms = self.looks.sum(1) * (heads // kv_heads)  # (batch,)
+        return grouped.sum(2) / terms[:, None, None]
+
+    def _pool(self, scores: torch.Tensor) -> torch.Tensor:
+        """Pool over rivals only: nothing outside for max, zeros outside for mean."""
+        size, how = self.options.kernel_size, self.options.pool
+        outside = ~self.rivals.unsqueeze(1)
+        if how == "max":
+            scores = scores.masked_fill(outside, float("-inf"))
+            scores = functional.max_pool1d(scores, size, stride=1, padding=size // 2)
+        elif how == "mean":
+            scores = scores.masked_fill(outside, 0.0)
+            scores = functional.avg_pool1d(scores, size, stride=1, padding=size // 2)
+        return scores.masked_fill(outside, float("-inf"))
+
+    def _choose(self, pooled: torch.Tensor) -> torch.Tensor:
+        """(batch, kv_heads, slots) columns, ascending; unfilled slots stand in front."""
+        wanted = torch.where(self.fixed.unsqueeze(1), float("inf"), pooled)
+        order = wanted.argsort(dim=-1, descending=True, stable=True)[..., : self.capacity]
+        place = torch.arange(self.capacity, device=order.device)
+        spare = (place >= self.slots).unsqueeze(1)  # (batch, 1, slots)
+        return order.masked_fill(spare, -1).sort(-1).values.clamp(min=0)
