@@ -2,8 +2,8 @@
 
 An evicted layer holds `slots` entries a head although `seen` tokens went by. Its slots pose as the
 last positions before the next token, so transformers' masks fit; keys keep the rotation of their
-original positions. While the prompt is read the layer stores nothing: the attention callback hands it
-what to keep, so no two layers hold their full keys and values at once.
+original positions. While the prompt is read the layer stores nothing: the attention callback tells
+it what to keep, so no two layers hold their full keys and values at once.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from transformers.cache_utils import DynamicLayer
 from .errors import ModelError
 
 
-class EvictedLayer(DynamicLayer):  # type: ignore[misc]
+class EvictedLayer(DynamicLayer):
     """Keys and values of chosen prompt positions, (batch, kv_heads, slots, head_dim) each."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.reading = True  # the prompt goes by; nothing is stored
         self.hidden = 0  # seen tokens that hold no slot
 
@@ -100,5 +100,6 @@ def evicting_cache(model: PreTrainedModel) -> Cache:
 
 def cache_bytes(cache: Cache) -> int:
     """Bytes of storage that a cache's tensors keep alive."""
-    tensors = (t for layer in cache.layers for t in (layer.keys, layer.values) if t is not None)
+    layers = [layer for layer in cache.layers if isinstance(layer, DynamicLayer)]
+    tensors = [t for layer in layers for t in (layer.keys, layer.values) if t is not None]
     return sum(t.untyped_storage().nbytes() for t in tensors)

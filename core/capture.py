@@ -52,7 +52,7 @@ def observing(model: PreTrainedModel, callback: AttentionCallback) -> Iterator[N
 
     Args:
         model: Any transformers model whose attention goes through the attention interface.
-        callback: Gets each layer's module, query, key, mask, value and the interface's keyword arguments.
+        callback: Gets each layer's module, query, key, mask, value and keyword arguments.
     """
     configs = _attention_configs(model)
     with _LOCK:

@@ -111,6 +111,27 @@ class SpecKV(Options):
         return self
 
 
+class SpecKVPC(Options):
+    """SpecPC, then SpecKV on the compressed prompt with the same draft answer (Algorithm 3).
+
+    Args:
+        specpc: Prompt compression; its `lookahead_tokens` serve both stages.
+        speckv: Eviction; its `lookahead_tokens` must stay None.
+    """
+
+    specpc: SpecPC = SpecPC(capacity=2048, lookahead_tokens=8)
+    speckv: SpecKV = SpecKV()
+
+    @model_validator(mode="after")
+    def _one_lookahead(self) -> SpecKVPC:
+        if self.speckv.lookahead_tokens is not None:
+            raise ValueError("speckv.lookahead_tokens must be None: specpc's lookahead is used.")
+        return self
+
+
+Method = SpecPC | SpecKV | SpecKVPC
+
+
 class Generation(Options):
     """How the target decodes. Temperature 0 is greedy; the same seed gives the same output.
 

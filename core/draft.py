@@ -69,11 +69,42 @@ def starting_layer(model: PreTrainedModel, options: SpecPC) -> int:
     return first
 
 
-class _Rows:
+def guess(
+    model: PreTrainedModel,
+    input_ids: torch.Tensor,
+    tokens: int,
+    attention_mask: torch.Tensor | None = None,
+) -> list[torch.Tensor]:
+    """The draft's greedy answer without any scores, for methods that need only that.
+
+    Args:
+        model: The draft.
+        input_ids: (batch, tokens) int64, left-padded where lengths differ.
+        tokens: Most tokens to guess; an end token stops its own row and is included.
+        attention_mask: (batch, tokens), 0 at padding; None means no padding.
+
+    Returns:
+        One (guessed,) int64 tensor per row.
+    """
+    padding = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    state = _Seen(padding.to(model.device).bool())
+    with torch.no_grad():
+        return _lookahead(model, input_ids.to(model.device), state, tokens)
+
+
+class _Seen:
+    """What the draft has read so far."""
+
+    def __init__(self, padding: torch.Tensor) -> None:
+        self.padding = padding  # (batch, seen) bool, grows with the lookahead
+        self.active = torch.ones_like(padding[:, 0])  # (batch,) bool, rows still looking ahead
+
+
+class _Rows(_Seen):
     """Attention callback that reduces rows to one score per prompt token as layers go by."""
 
     def __init__(self, padding: torch.Tensor, options: SpecPC, first_layer: int) -> None:
-        self.padding = padding  # (batch, seen) bool, grows with the lookahead
+        super().__init__(padding)
         self.prompt = padding.shape[1]
         self.first_layer = first_layer
         self.how: Pool = options.reduction
@@ -81,7 +112,6 @@ class _Rows:
         lengths = padding.sum(1)
         self.weights = row_weights(lengths, window, options.weighted_query)  # (batch, window)
         self.total = torch.zeros(padding.shape, device=padding.device)  # (batch, prompt)
-        self.active = torch.ones_like(lengths, dtype=torch.bool)  # rows still looking ahead
         self.called = False
 
     def __call__(
@@ -126,7 +156,7 @@ class _Rows:
 
 
 def _lookahead(
-    model: PreTrainedModel, input_ids: torch.Tensor, rows: _Rows, tokens: int
+    model: PreTrainedModel, input_ids: torch.Tensor, rows: _Seen, tokens: int
 ) -> list[torch.Tensor]:
     """Greedy draft answer; its last token is never fed. Returns one (la,) tensor per row."""
     ends = end_token_ids(model).to(input_ids.device)

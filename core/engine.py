@@ -16,14 +16,14 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .compressor import Clock, Compressor, OnError
-from .config import Generation, Quantization, SpecPC
-from .decode import RowText, decode_text, next_tokens
-from .draft import end_token_ids, read_draft
+from .config import Generation, Method, Quantization, SpecPC
+from .decode import RowText, decode_text
+from .draft import end_token_ids
 from .encoding import PromptEncoder
 from .errors import ModelError, PromptError
 from .models import context_window, explain_out_of_memory, load_model
 from .prompt import DEFAULT_SYSTEM, Prompt
-from .specpc import select
+from .tracing import trace
 from .types import Answer, Chunk, CompressedContext, Passage, Trace, Usage
 
 
@@ -274,7 +274,7 @@ class Engine:
         )
 
     def trace(
-        self, input_ids: torch.Tensor, method: SpecPC | None = None, max_new_tokens: int = 16
+        self, input_ids: torch.Tensor, method: Method | None = None, max_new_tokens: int = 16
     ) -> Trace:
         """Run a method on bare token ids and return every intermediate.
 
@@ -290,20 +290,9 @@ class Engine:
             raise PromptError(
                 f"trace takes ids of shape (1, tokens), got {tuple(input_ids.shape)}."
             )
-        if method is None:
-            return Trace(output_ids=self._greedy(input_ids[0], max_new_tokens))
-        if self.draft is None:
+        if method is not None and self.draft is None:
             raise ModelError(_NO_DRAFT)
-        lookahead = method.lookahead_tokens or max_new_tokens
-        reading = read_draft(self.draft, input_ids, method, lookahead_tokens=lookahead)[0]
-        selection = select(reading.scores, method)
-        return Trace(
-            output_ids=self._greedy(input_ids[0].cpu()[selection.indices], max_new_tokens),
-            draft_scores=reading.scores,
-            pooled_scores=selection.pooled_scores,
-            kept_prompt_indices=selection.indices,
-            lookahead_ids=reading.lookahead_ids,
-        )
+        return trace(self.target, self.draft, input_ids, method, max_new_tokens)
 
     def count_tokens(self, text: str) -> int:
         """Tokens of a text under the target's tokenizer, without special tokens."""
@@ -367,17 +356,6 @@ class Engine:
                     return
                 yield pieces
                 stage = "decode"
-
-    def _greedy(self, prompt: torch.Tensor, max_new_tokens: int) -> torch.Tensor:
-        ends = set(end_token_ids(self.target).tolist())
-        tokens: list[int] = []
-        for (token,) in next_tokens(
-            self.target, [prompt], Generation(max_new_tokens=max_new_tokens)
-        ):
-            tokens.append(token)
-            if token in ends:
-                break
-        return torch.tensor(tokens)
 
     def _need_encoder(self) -> PromptEncoder:
         if self._encoder is None:

@@ -1,8 +1,8 @@
 """SpecKV, KV-cache eviction by the draft's lookahead (arXiv 2506.08373, Algorithm 1).
 
 The target reads prompt + lookahead once; in every layer the queries of the last prompt tokens and
-of the lookahead score the prompt's keys per KV head, and only the best entries stay. The last prompt
-token is then fed again, so that decoding starts from the evicted cache.
+of the lookahead score the prompt's keys per KV head, and only the best entries stay. The last
+prompt token is then fed again, so that decoding starts from the evicted cache.
 """
 
 from __future__ import annotations
@@ -38,27 +38,32 @@ def evict(
     prompts: Sequence[torch.Tensor],
     lookaheads: Sequence[torch.Tensor],
     options: SpecKV,
-    capacity: int,
+    capacities: Sequence[int],
+    protected: Sequence[torch.Tensor] | None = None,
 ) -> Eviction:
-    """Prefill a target and keep `capacity` KV entries per layer and KV head.
+    """Prefill a target and keep a number of KV entries per layer and KV head.
 
     Prompts end in the same column (shorter ones are padded on the left), lookaheads start in the
-    next one; a prompt of at most `capacity` + 1 tokens keeps all its entries.
+    next one; a prompt of at most C + 1 tokens keeps all its entries.
 
     Args:
         model: The target.
         prompts: (tokens,) int64 each, at least 2 tokens.
         lookaheads: (tokens,) int64 each, the draft's guessed answers; may be empty.
         options: Window, kernel, pooling and reduction.
-        capacity: C, entries kept, window included. Below the window the newest C are kept.
+        capacities: C of each row, window included. Below the window the newest C are kept.
+        protected: (tokens,) bool each, entries that always stay; at most C of them.
     """
     ids, mask = pad_left(prompts, model.device)  # (batch, columns)
     guess, guess_mask = _pad_right(lookaheads, model.device)
     padding = torch.cat([mask, guess_mask], dim=1)
     columns = ids.shape[1]
     lengths = mask.sum(1)
-    slots = torch.clamp(lengths - 1, max=capacity)  # (batch,) entries each row keeps
-    evictor = _Evictor(padding.bool(), columns, lengths, guess_mask.sum(1), slots, options)
+    limits = torch.tensor(list(capacities), device=mask.device)
+    slots = torch.minimum(lengths - 1, limits)  # (batch,) entries each row keeps
+    evictor = _Evictor(padding.bool(), columns, lengths, slots, options)
+    if protected is not None:
+        evictor.protect(pad_left([row.long() for row in protected], model.device)[0].bool())
     cache = evicting_cache(model)
     evictor.cache = cache
     with torch.no_grad(), observing(model, evictor):
@@ -76,6 +81,14 @@ def evict(
     start = Start(cache, ids[:, -1:], start_mask, (lengths - 1).unsqueeze(1))
     pads = columns - lengths
     return Eviction(start, tuple(evictor.scores), tuple(evictor.kept), filled, pads)
+
+
+def token_capacity(options: SpecKV, tokens: int) -> int:
+    """The one place where a cache budget becomes an integer."""
+    if options.ratio is None:
+        assert options.capacity is not None  # the options' validator sets one of the two
+        return options.capacity
+    return max(1, round(tokens * options.ratio))
 
 
 def _pad_right(
@@ -98,7 +111,6 @@ class _Evictor:
         padding: torch.Tensor,
         columns: int,
         lengths: torch.Tensor,
-        guessed: torch.Tensor,
         slots: torch.Tensor,
         options: SpecKV,
     ) -> None:
@@ -110,9 +122,9 @@ class _Evictor:
         # the window: the last W prompt tokens before the final one, cut to what the row may keep
         self.window = torch.clamp(slots, max=options.window_size).unsqueeze(1)
         self.slots = slots.unsqueeze(1)
-        before_last = place < columns - 1
-        self.fixed = self.real & before_last & (place >= columns - 1 - self.window)
-        self.rivals = self.real & before_last & ~self.fixed
+        self.before_last = self.real & (place < columns - 1)
+        self.fixed = self.before_last & (place >= columns - 1 - self.window)
+        self.rivals = self.before_last & ~self.fixed
         self.filled = torch.arange(self.capacity, device=padding.device) >= (
             self.capacity - self.slots
         )
@@ -123,6 +135,11 @@ class _Evictor:
         self.looks = padding[:, newest] & (newest >= columns - 1 - options.window_size)
         self.scores: list[torch.Tensor] = []
         self.kept: list[torch.Tensor] = []
+
+    def protect(self, entries: torch.Tensor) -> None:
+        """Keep these (batch, columns) instead of the window, which then competes like the rest."""
+        self.fixed = self.before_last & entries
+        self.rivals = self.before_last & ~self.fixed
 
     def __call__(
         self,

@@ -7,6 +7,7 @@ import re
 import sentencex
 
 from .config import Unit
+from .plain_text import replace_surrogates
 
 Bounds = list[tuple[int, int]]  # character start and end (exclusive), ascending, not overlapping
 
@@ -17,7 +18,6 @@ _UNSPACED = (
 )
 _WORD = re.compile(rf"[^\s{_UNSPACED}]+|[{_UNSPACED}]")
 _LINE = re.compile(r"[^\r\n]+")
-_SURROGATE = re.compile("[\ud800-\udfff]")  # alone it cannot be encoded
 
 
 def unit_spans(text: str, unit: Unit) -> Bounds:
@@ -46,7 +46,7 @@ def sentence_spans(text: str) -> Bounds:
     """Sentences, by sentencex; a line break always ends one (lists, headings, code)."""
     spans = []
     for line in _LINE.finditer(text):
-        clean = _SURROGATE.sub("\ufffd", line.group())
+        clean = replace_surrogates(line.group())
         for sentence in sentencex.get_sentence_boundaries("en", clean):
             first = line.start() + sentence["start_index"]
             start, end = _strip(text, first, line.start() + sentence["end_index"])

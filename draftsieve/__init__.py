@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from draftsieve.core.compressor import Compressor
-    from draftsieve.core.config import Generation, Quantization, SpecPC
+    from draftsieve.core.config import Generation, Quantization, SpecKV, SpecKVPC, SpecPC
     from draftsieve.core.engine import Engine
     from draftsieve.core.errors import DraftSieveError
     from draftsieve.core.prompt import Prompt
@@ -27,6 +27,8 @@ _HOMES = {
     "Prompt": "prompt",
     "Quantization": "config",
     "Span": "types",
+    "SpecKV": "config",
+    "SpecKVPC": "config",
     "SpecPC": "config",
     "Trace": "types",
 }
@@ -43,6 +45,8 @@ __all__ = [
     "Prompt",
     "Quantization",
     "Span",
+    "SpecKV",
+    "SpecKVPC",
     "SpecPC",
     "Trace",
     "__version__",

@@ -12,12 +12,13 @@ from typing import Any
 
 import pytest
 import torch
-from draftsieve.core.errors import ModelNotFoundError
-from draftsieve.integrations import cli
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from draftsieve import __version__
+from draftsieve.core.errors import ModelNotFoundError
+from draftsieve.integrations import cli
+from examples import demo
 
 ROOT = Path(__file__).parents[1]
 BUILTIN = ROOT / "core" / "builtin"
@@ -357,3 +358,27 @@ def test_the_bundled_pair_answers_from_a_folder(
     result = run_json(arguments, capsys)
     assert result["answer"].strip()
     assert result["compression"]["compressed"]
+
+
+@needs_pair
+def test_the_demo_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = tmp_path / "out" / "kept.html"
+    options = ["--questions", "1", "--article-questions", "2", "--html", str(page), "--quiet"]
+    assert demo.main(options) == 0
+    out = capsys.readouterr().out
+    assert "BM25 sentences" in out
+    assert re.search(r"Wall time \d+ s, peak memory \d+ MiB", out)
+    assert page.read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
+
+
+@pytest.mark.parametrize(
+    ("left", "right", "same"),
+    [
+        ("The Blue Lamp.", "blue lamp", True),
+        ("Ann Bo, Cy Do", "Cy Do, Ann Bo", True),
+        ("6,522 volts", "6522 volts", False),
+        ("E-1515", "E-1516", False),
+    ],
+)
+def test_the_demo_compares_answers_fairly(left: str, right: str, same: bool) -> None:
+    assert (demo.normalised(left) == demo.normalised(right)) is same

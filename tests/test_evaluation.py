@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+
 from draftsieve.core.compressor import Compressor
 from draftsieve.core.config import SpecPC
 from draftsieve.core.evaluation.baselines import (

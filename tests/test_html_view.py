@@ -6,6 +6,7 @@ import re
 from html.parser import HTMLParser
 
 import pytest
+
 from draftsieve.core.types import (
     Answer,
     CompressedContext,

@@ -28,6 +28,8 @@ def test_public_names_are_pinned() -> None:
         "Prompt",
         "Quantization",
         "Span",
+        "SpecKV",
+        "SpecKVPC",
         "SpecPC",
         "Trace",
         "__version__",

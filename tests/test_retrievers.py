@@ -69,8 +69,9 @@ def test_passages_come_back_as_they_were_given() -> None:
 
 
 def test_equal_scores_stay_in_order() -> None:
-    index = Bm25Index.from_texts(["same words"] * 5 + ["other"])
-    assert [p.id for p, _ in index.search("same words", 6)] == ["1", "2", "3", "4", "5", "6"]
+    index = Bm25Index.from_texts(["same words"] * 60 + ["other"])
+    found = [p.id for p, _ in index.search("same words", 61)]
+    assert found == [str(n) for n in range(1, 62)]
 
 
 @pytest.mark.parametrize("question", ["", "zebra", "?!"])
@@ -104,6 +105,7 @@ def test_nothing_is_printed_or_logged(
     Bm25Index.from_texts(TEXTS).search("ferry", 2)
     assert capfd.readouterr() == ("", "")
     assert not caplog.records
+    assert logging.getLogger("bm25s").level == logging.NOTSET  # bm25s itself sets DEBUG
 
 
 def test_missing_bm25s_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,6 +168,7 @@ def test_headings_start_chunks_and_stay_with_their_text() -> None:
     chunks = [MARKDOWN[start:end] for start, end in paragraphs(MARKDOWN)]
     assert [chunk.split("\n")[0] for chunk in chunks] == ["Preface.", "# One", "## Two"]
     assert "# no heading\n\ncode" in chunks[1]
+    assert paragraphs("# One\n## Two\n\nText.\n") == [(0, 19)]
 
 
 @pytest.mark.parametrize("limit", [1, 7, 20, 45, 60, 200, 10_000])
@@ -177,6 +180,12 @@ def test_chunks_fit_and_hold_everything(text: str, limit: int) -> None:
     kept = "".join(text[start:end] for start, end in chunks)
     assert "".join(kept.split()) == "".join(text.split())
     assert all(text[start:end].strip() == text[start:end] for start, end in chunks)
+
+
+def test_fenced_code_stays_whole() -> None:
+    text = "aaaa bbbb\n\n```\nx\n\ny\n```"
+    chunks = [text[start:end] for start, end in paragraphs(text, limit=16)]
+    assert chunks == ["aaaa bbbb", "```\nx\n\ny\n```"]
 
 
 def test_long_paragraphs_are_cut_at_sentences_first() -> None:

@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from draftsieve import Engine, Generation
+from draftsieve import Engine, Generation, SpecKV, SpecKVPC, SpecPC
 from draftsieve.core.cache import cache_bytes
-from draftsieve.core.config import SpecKV
 from draftsieve.core.decode import next_tokens
 from draftsieve.core.speckv import evict
 
@@ -19,6 +18,8 @@ from . import recorded
 RECORD = json.loads((recorded.PARITY / "speckv_llama.json").read_text())
 MARGINS = json.loads((recorded.PARITY / "margins.json").read_text())
 ARRAYS = np.load(recorded.PARITY / "speckv_llama.npz")
+CASCADE = json.loads((recorded.PARITY / "speckvpc_llama.json").read_text())
+CASCADE_ARRAYS = np.load(recorded.PARITY / "speckvpc_llama.npz")
 CASES = [i for i, case in enumerate(RECORD["cases"]) if case["compressed"]]
 
 
@@ -49,7 +50,7 @@ def test_scores_kept_entries_and_answers_equal_the_record(number: int) -> None:
     model = recorded.model("llama-target")
     prompt = recorded.prompt(case["prompt"])[0]
     lookahead = torch.tensor(case["lookahead_ids"])
-    done = evict(model, [prompt], [lookahead], method, case["capacity"])
+    done = evict(model, [prompt], [lookahead], method, [case["capacity"]])
     rivals = len(prompt) - method.window_size - 1
     scores = torch.stack([layer[0, :, :rivals] for layer in done.scores])
     expected = ARRAYS[f"score_p{case['prompt']}_s{case['setting']}"]
@@ -67,12 +68,82 @@ def test_scores_kept_entries_and_answers_equal_the_record(number: int) -> None:
     assert found == case["output_ids"] or not (tie_free and gap > 1e-3)
 
 
+@pytest.mark.parametrize("number", range(len(RECORD["cases"])))
+def test_traces_equal_the_record(number: int) -> None:
+    """Draft and target together, prompts that fit the capacity too."""
+    case = RECORD["cases"][number]
+    engine = Engine(recorded.model("llama-target"), None, draft_model=recorded.model("llama-draft"))
+    found = engine.trace(
+        recorded.prompt(case["prompt"]), options(case["setting"], case["capacity"]), 16
+    )
+    assert found.lookahead_ids is not None
+    assert found.lookahead_ids.tolist() == case["lookahead_ids"]
+    assert bool(found.kept_kv_indices) == case["compressed"]
+    gap, tie_free = MARGINS[f"speckv_llama/{number}"]
+    assert found.output_ids.tolist() == case["output_ids"] or not (tie_free and gap > 1e-3)
+
+
+@pytest.mark.parametrize("number", range(len(CASCADE["cases"])))
+def test_cascade_equals_the_record(number: int) -> None:
+    """SpecKV-PC: the compressed prompt, the scores on it, the kept entries and the answer."""
+    case = CASCADE["cases"][number]
+    pc, kv = case["specpc"], case["speckv"]
+    method = SpecKVPC(
+        specpc=SpecPC(
+            capacity=pc["max_capacity_prompt"],
+            window_size=pc["window_size"],
+            kernel_size=pc["kernel_size"],
+            pool="mean" if pc["pool_type"] == "avg" else pc["pool_type"],
+            reduction=pc["reduction_type"],
+            neighbor_tokens=pc["neighbor_tokens"],
+            starting_layer=pc["starting_layer_index"],
+            lookahead_tokens=pc["lookahead_tokens"],
+            weighted_query=pc["weighted_query"],
+        ),
+        speckv=SpecKV(
+            capacity=kv["max_capacity_prompt"],
+            window_size=kv["window_size"],
+            kernel_size=kv["kernel_size"],
+            pool=kv["pool_type"],
+            reduction=kv["reduction_type"],
+        ),
+    )
+    target, draft = recorded.model("llama-target"), recorded.model("llama-draft")
+    ids = recorded.prompt(case["prompt"])
+    found = Engine(target, None, draft_model=draft).trace(ids, method, 16)
+    assert found.lookahead_ids is not None
+    assert found.draft_scores is not None
+    assert found.lookahead_ids.tolist() == case["lookahead_ids"]
+    place = f"p{case['prompt']}_s{case['setting']}"
+    expected = torch.from_numpy(CASCADE_ARRAYS[f"attn_{place}"])
+    torch.testing.assert_close(found.draft_scores, expected, rtol=1e-4, atol=1e-9)
+    gap, tie_free = MARGINS[f"speckvpc_llama/{number}"]
+    if tie_free and gap > 1e-3:
+        assert found.output_ids.tolist() == case["output_ids"]
+    assert bool(found.kept_kv_indices) == case["compressed"]
+    if not case["compressed"]:
+        return
+    # Ties are free in the first stage, so the second one starts from the recorded prompt.
+    short = ids[0, torch.tensor(case["pc_indices"])]
+    done = evict(target, [short], [found.lookahead_ids], method.speckv, [method.speckv.capacity])
+    scores = torch.from_numpy(CASCADE_ARRAYS[f"score_{place}"])
+    rivals = scores.shape[-1]
+    assert rivals == len(short) - method.speckv.window_size - 1
+    for layer, heads in enumerate(scores):
+        torch.testing.assert_close(done.scores[layer][0, :, :rivals], heads, rtol=1e-4, atol=1e-8)
+        for head, head_scores in enumerate(heads.numpy()):
+            kept = done.kept[layer][0, head].numpy()
+            assert is_a_top_set(head_scores, kept[kept < rivals])
+    steps = next_tokens(target, [short], Generation(max_new_tokens=16), done.start)
+    assert [t for (t,) in steps] == case["output_ids"] or not (tie_free and gap > 1e-3)
+
+
 @pytest.mark.parametrize("length", [200, 512])
 def test_a_cache_that_keeps_everything_equals_the_full_cache(length: int) -> None:
     model, prompt = recorded.model("llama-target"), recorded.prompt(length)[0]
     plain = Engine(model, None).trace(prompt.unsqueeze(0), None, 16).output_ids.tolist()
     for capacity in (length - 1, length, 5000):
-        done = evict(model, [prompt], [torch.tensor([5, 6])], SpecKV(), capacity)
+        done = evict(model, [prompt], [torch.tensor([5, 6])], SpecKV(), [capacity])
         steps = next_tokens(model, [prompt], Generation(max_new_tokens=16), done.start)
         assert [token for (token,) in steps] == plain
 
@@ -81,7 +152,7 @@ def test_bytes_are_really_freed() -> None:
     model, prompt = recorded.model("llama-target"), recorded.prompt(512)[0]
     sizes = {}
     for capacity in (64, 128, 511):
-        done = evict(model, [prompt], [torch.tensor([5, 6, 7])], SpecKV(), capacity)
+        done = evict(model, [prompt], [torch.tensor([5, 6, 7])], SpecKV(), [capacity])
         sizes[capacity] = cache_bytes(done.start.cache)
     assert sizes[64] * 2 == sizes[128]
     assert sizes[511] / sizes[64] == 511 / 64
@@ -92,10 +163,10 @@ def test_a_left_padded_batch_gives_each_row_what_it_gets_alone() -> None:
     prompts = [recorded.prompt(512)[0][:n] for n in (40, 512, 130)]
     guesses = [torch.tensor([5, 6, 7]), torch.tensor([9]), torch.tensor([], dtype=torch.int64)]
     method, capacity = SpecKV(window_size=16), 64
-    together = evict(model, prompts, guesses, method, capacity)
+    together = evict(model, prompts, guesses, method, [capacity] * 3)
     rows = list(next_tokens(model, prompts, Generation(max_new_tokens=12), together.start))
     for row, (prompt, guess) in enumerate(zip(prompts, guesses, strict=True)):
-        alone = evict(model, [prompt], [guess], method, capacity)
+        alone = evict(model, [prompt], [guess], method, [capacity])
         steps = next_tokens(model, [prompt], Generation(max_new_tokens=12), alone.start)
         assert [step[row] for step in rows] == [token for (token,) in steps]
         slots = int(together.slots[row].sum())
@@ -107,7 +178,7 @@ def test_a_left_padded_batch_gives_each_row_what_it_gets_alone() -> None:
 @pytest.mark.parametrize("capacity", [1, 10, 16])
 def test_capacities_up_to_the_window_keep_the_newest_entries(capacity: int) -> None:
     model, prompt = recorded.model("llama-target"), recorded.prompt(200)[0]
-    done = evict(model, [prompt], [torch.tensor([3])], SpecKV(window_size=16), capacity)
+    done = evict(model, [prompt], [torch.tensor([3])], SpecKV(window_size=16), [capacity])
     for layer in done.kept:
         for head in layer[0]:
             assert head.tolist() == list(range(199 - capacity, 199))
