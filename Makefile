@@ -17,7 +17,8 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m pytest
 
-# mypy does not follow the editable install's finder: it reads the package through symlinks.
+# mypy and import-linter do not follow the editable install's finder: they read the package
+# through symlinks.
 .typing/draftsieve: Makefile
 	rm -rf .typing && mkdir -p .typing/draftsieve
 	ln -s ../../draftsieve/__init__.py ../../draftsieve/py.typed ../../core ../../integrations ../../retrievers .typing/draftsieve/
@@ -26,7 +27,7 @@ lint: $(STAMP) .typing/draftsieve
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	MYPYPATH=.typing $(BIN)/mypy
-	$(BIN)/lint-imports
+	cd .typing && ../$(BIN)/lint-imports --config ../pyproject.toml
 
 bench: $(STAMP)
 	$(BIN)/python examples/benchmarks/compression_cost.py

@@ -10,7 +10,7 @@ import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,9 +19,9 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .config import Generation, Quantization, SpecPC
-from .draft import read_draft
+from .draft import guess, read_draft
 from .encoding import PromptEncoder
-from .errors import BudgetError, ModelError
+from .errors import BudgetError, ModelError, PromptError
 from .kept import fit, rank_units, scored_spans
 from .models import context_window, explain_out_of_memory, load_model
 from .prompt import DEFAULT_SYSTEM, Prompt
@@ -29,6 +29,7 @@ from .specpc import token_budget
 from .types import (
     CompressedContext,
     CompressionStats,
+    DraftReading,
     Passage,
     PassageStats,
     PromptTokens,
@@ -175,6 +176,22 @@ class Compressor:
             tokens = self.encoder.encode(prompt)
             return prompt, _unchanged(prompt, tokens, fallback=f"{type(error).__name__}: {error}")
 
+    def guess(self, prompt: Prompt, tokens: int) -> torch.Tensor:
+        """The draft's greedy answer to a prompt, (guessed,) int64 ids of the draft's tokenizer.
+
+        Raises:
+            PromptError: The prompt exceeds the draft's window.
+        """
+        ids = self.encoder.encode(prompt).ids
+        window = context_window(self.model)
+        if window is not None and ids.numel() >= window:
+            raise PromptError(
+                f"The prompt has {ids.numel()} tokens, the draft reads at most {window} and so "
+                "cannot guess an answer: compress the prompt first (SpecKVPC)."
+            )
+        room = tokens if window is None else min(tokens, window - ids.numel())
+        return guess(self.model, ids.unsqueeze(0), room)[0]
+
     def count_tokens(self, text: str) -> int:
         """Tokens of a text under the draft's tokenizer, without special tokens."""
         return self.encoder.count(text)
@@ -192,7 +209,8 @@ class Compressor:
         budget.require_room(fixed)
         with clock("draft"):
             lookahead = method.lookahead_tokens or max_new_tokens or Generation().max_new_tokens
-            scores = self._read(prompt, tokens, fixed, method, lookahead)
+            reading = self._read(prompt, tokens, fixed, method, lookahead)
+            scores = reading.scores
         with clock("select"):
             texts = [passage.text for passage in prompt.passages]
             kept = fit(
@@ -207,31 +225,31 @@ class Compressor:
             shorter = prompt.with_texts(kept.texts)
             after = self.encoder.encode(shorter)
         context = _describe(prompt, shorter, tokens, after, kept.bounds, scores, clock, method)
-        return shorter, context
+        return shorter, replace(context, lookahead_ids=tuple(reading.lookahead_ids.tolist()))
 
     def _read(
         self, prompt: Prompt, tokens: PromptTokens, fixed: int, method: SpecPC, lookahead: int
-    ) -> torch.Tensor:
-        """(tokens,) float32 scores; long prompts are read in groups."""
+    ) -> DraftReading:
+        """Scores of all tokens; long prompts are read in groups and leave no lookahead."""
         window = context_window(self.model) or len(tokens) + lookahead
         texts = [passage.text for passage in prompt.passages]
         groups = plan_groups(texts, tokens, fixed, window - lookahead)
         if len(groups) == 1:
-            return self._scores(tokens, method, lookahead)
+            return self._read_once(tokens, method, lookahead)
         logger.info("The prompt exceeds the draft's window: %d groups are read.", len(groups))
         scores = torch.zeros(len(tokens))
         for group in tqdm(groups, "Draft reads", leave=False, disable=not self.progress):
             part = self.encoder.encode(prompt.with_texts(group_texts(len(texts), texts, group)))
-            found = self._scores(part, method, lookahead)
-            spread_scores(scores, tokens, group, part, found)
-        return scores
+            found = self._read_once(part, method, lookahead)
+            spread_scores(scores, tokens, group, part, found.scores)
+        return DraftReading(scores, torch.tensor([], dtype=torch.int64))
 
-    def _scores(self, tokens: PromptTokens, method: SpecPC, lookahead: int) -> torch.Tensor:
+    def _read_once(self, tokens: PromptTokens, method: SpecPC, lookahead: int) -> DraftReading:
         ids = tokens.ids.unsqueeze(0)
-        scores = read_draft(self.model, ids, method, lookahead_tokens=lookahead)[0].scores
-        if not bool(torch.isfinite(scores).all()):
+        reading = read_draft(self.model, ids, method, lookahead_tokens=lookahead)[0]
+        if not bool(torch.isfinite(reading.scores).all()):
             raise ModelError("The draft's attention is not finite; try another dtype (float32).")
-        return scores
+        return reading
 
     def _unreadable(self, passages: Sequence[str | Passage], error: Exception) -> CompressedContext:
         """The originals, for a request that cannot even become a prompt."""

@@ -83,7 +83,8 @@ class SpecKV(Options):
     Args:
         capacity: KV entries kept per layer and KV head, window included; 512 unless `ratio` is
             given.
-        ratio: Entries kept as a share of the prompt's tokens, in (0, 1]; excludes `capacity`.
+        ratio: Entries kept as a share of the passages' tokens (of all tokens where there are no
+            passages), in (0, 1]; excludes `capacity`.
         window_size: The last W prompt tokens before the final one look at the rest and stay.
         kernel_size: Odd width of the pooling over positions.
         pool: "max", "mean" or None.

@@ -200,9 +200,10 @@ def decode_text(
     prompts: Sequence[torch.Tensor],
     generation: Generation,
     rows: Sequence[RowText],
+    start: Start | None = None,
 ) -> Iterator[list[str]]:
     """Generate until every row is finished; yields each row's new text at every step."""
-    steps = next_tokens(model, prompts, generation)
+    steps = next_tokens(model, prompts, generation, start)
     try:
         for chosen in steps:
             yield [row.push(token) for row, token in zip(rows, chosen, strict=True)]

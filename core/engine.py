@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +14,15 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .compressor import Clock, Compressor, OnError
+from .compressor import Compressor, OnError
 from .config import Generation, Method, Quantization, SpecPC
-from .decode import RowText, decode_text
-from .draft import end_token_ids
 from .encoding import PromptEncoder
 from .errors import ModelError, PromptError
-from .models import context_window, explain_out_of_memory, load_model
+from .models import context_window, load_model
+from .pipeline import NO_DRAFT, Pipeline
 from .prompt import DEFAULT_SYSTEM, Prompt
 from .tracing import trace
-from .types import Answer, Chunk, CompressedContext, Passage, Trace, Usage
+from .types import Answer, Chunk, CompressedContext, Passage, Trace
 
 
 class Engine:
@@ -57,13 +55,16 @@ class Engine:
         self.model_name = name or target_model.config.name_or_path or "target"
         self.context_window = context_window(target_model)
         self.tokenizer = tokenizer
-        self._encoder = None if tokenizer is None else PromptEncoder(tokenizer, template_options)
         self.compressor: Compressor | None = None
+        self._pipeline: Pipeline | None = None
         reader = draft_tokenizer or tokenizer
         if draft_model is not None and reader is not None:
             self.compressor = Compressor(
                 draft_model, reader, template_options=template_options, progress=progress
             )
+        if tokenizer is not None:
+            encoder = PromptEncoder(tokenizer, template_options)
+            self._pipeline = Pipeline(target_model, tokenizer, encoder, self.compressor)
 
     @classmethod
     def load(
@@ -124,7 +125,7 @@ class Engine:
         question: str,
         passages: Sequence[str | Passage],
         *,
-        method: SpecPC | None = None,
+        method: Method | None = None,
         generation: Generation | None = None,
         system: str | None = DEFAULT_SYSTEM,
         on_error: OnError = "raise",
@@ -154,7 +155,7 @@ class Engine:
         questions: Sequence[str],
         passages: Sequence[Sequence[str | Passage]],
         *,
-        method: SpecPC | None = None,
+        method: Method | None = None,
         generation: Generation | None = None,
         system: str | None = DEFAULT_SYSTEM,
         on_error: OnError = "raise",
@@ -171,7 +172,7 @@ class Engine:
         question: str,
         passages: Sequence[str | Passage],
         *,
-        method: SpecPC | None = None,
+        method: Method | None = None,
         generation: Generation | None = None,
         system: str | None = DEFAULT_SYSTEM,
         on_error: OnError = "raise",
@@ -201,7 +202,7 @@ class Engine:
         self,
         prompt: Prompt,
         *,
-        method: SpecPC | None = None,
+        method: Method | None = None,
         generation: Generation | None = None,
         on_error: OnError = "raise",
     ) -> Answer:
@@ -214,7 +215,7 @@ class Engine:
         self,
         prompts: Sequence[Prompt],
         *,
-        method: SpecPC | None = None,
+        method: Method | None = None,
         generation: Generation | None = None,
         on_error: OnError = "raise",
     ) -> list[Answer]:
@@ -225,11 +226,12 @@ class Engine:
         options = generation or Generation()
         quiet = not self.progress or method is None or len(prompts) < 4
         bar = tqdm(prompts, "Draft reads prompts", leave=False, disable=quiet)
-        requests = [self._prepare(prompt, method, options, on_error) for prompt in bar]
+        pipeline = self._need_pipeline()
+        requests = [pipeline.prepare(prompt, method, options, on_error) for prompt in bar]
         if not requests:
             return []
         texts = [""] * len(requests)
-        for pieces in self._decode(requests, options):
+        for pieces in pipeline.decode(requests, options):
             texts = [text + piece for text, piece in zip(texts, pieces, strict=True)]
         return [request.answer(text) for request, text in zip(requests, texts, strict=True)]
 
@@ -237,15 +239,16 @@ class Engine:
         self,
         prompt: Prompt,
         *,
-        method: SpecPC | None = None,
+        method: Method | None = None,
         generation: Generation | None = None,
         on_error: OnError = "raise",
     ) -> Iterator[Chunk]:
         """`generate` piece by piece; the last chunk carries the `Answer`. Close it to cancel."""
         options = generation or Generation()
-        request = self._prepare(prompt, method, options, on_error)
+        pipeline = self._need_pipeline()
+        request = pipeline.prepare(prompt, method, options, on_error)
         text = ""
-        for (piece,) in self._decode([request], options):
+        for (piece,) in pipeline.decode([request], options):
             if piece:
                 text += piece
                 yield Chunk(piece)
@@ -269,8 +272,10 @@ class Engine:
         on_error: OnError = "raise",
     ) -> CompressedContext:
         """What the target would be given: `Compressor.compress` with this engine's draft."""
-        return self._need_compressor().compress(
-            question, passages, method, system=system, on_error=on_error
+        return (
+            self._need_pipeline()
+            .need_compressor()
+            .compress(question, passages, method, system=system, on_error=on_error)
         )
 
     def trace(
@@ -291,108 +296,21 @@ class Engine:
                 f"trace takes ids of shape (1, tokens), got {tuple(input_ids.shape)}."
             )
         if method is not None and self.draft is None:
-            raise ModelError(_NO_DRAFT)
+            raise ModelError(NO_DRAFT)
         return trace(self.target, self.draft, input_ids, method, max_new_tokens)
 
     def count_tokens(self, text: str) -> int:
         """Tokens of a text under the target's tokenizer, without special tokens."""
-        return self._need_encoder().count(text)
+        return self._need_pipeline().encoder.count(text)
 
     def encode_text(self, text: str) -> list[int]:
         """Token ids of a text under the target's tokenizer, without special tokens."""
-        return self._need_encoder().encode_text(text)
+        return self._need_pipeline().encoder.encode_text(text)
 
-    # -- stages ---------------------------------------------------------------------------------
-
-    def _prepare(
-        self, prompt: Prompt, method: SpecPC | None, options: Generation, on_error: OnError
-    ) -> _Request:
-        """Compress and encode one prompt."""
-        encoder = self._need_encoder()
-        clock = Clock()
-        context: CompressedContext | None = None
-        shorter = prompt
-        if method is not None:
-            with explain_out_of_memory(target=self.target, draft=self.draft):
-                shorter, context = self._need_compressor().compress_prompt(
-                    prompt, method, on_error=on_error, max_new_tokens=options.max_new_tokens
-                )
-            clock.seconds.update(context.stats.seconds)
-        with clock("encode"):
-            ids = encoder.encode(shorter).ids
-            original = ids if shorter is prompt else encoder.encode(prompt).ids
-        if self.context_window is not None and ids.numel() > self.context_window:
-            raise PromptError(
-                f"The prompt has {ids.numel()} tokens, the target reads at most "
-                f"{self.context_window}: give fewer passages, or compress them "
-                f"(method=SpecPC(capacity={self.context_window // 2}))."
-            )
-        return _Request(ids, original.numel(), context, clock, self._row(ids.numel(), options))
-
-    def _row(self, prompt_tokens: int, options: Generation) -> RowText:
-        """The answer of one row, ended by the generation's limit or the target's window."""
-        assert self.tokenizer is not None  # _prepare needed it
-        room = (self.context_window or prompt_tokens + options.max_new_tokens) - prompt_tokens
-        return RowText(
-            tokenizer=self.tokenizer.backend_tokenizer,
-            ends=frozenset(end_token_ids(self.target).tolist()),
-            stop=options.stop,
-            limit=max(1, min(options.max_new_tokens, room)),
-        )
-
-    def _decode(self, requests: Sequence[_Request], options: Generation) -> Iterator[list[str]]:
-        prompts = [request.ids for request in requests]
-        rows = [request.row for request in requests]
-        stage = "prefill"
-        with explain_out_of_memory(target=self.target, draft=self.draft):
-            steps = decode_text(self.target, prompts, options, rows)
-            while True:
-                clock = Clock()
-                with clock(stage):
-                    pieces = next(steps, None)
-                for request in requests:
-                    request.clock.add(clock.seconds)
-                if pieces is None:
-                    return
-                yield pieces
-                stage = "decode"
-
-    def _need_encoder(self) -> PromptEncoder:
-        if self._encoder is None:
+    def _need_pipeline(self) -> Pipeline:
+        if self._pipeline is None:
             raise ModelError("This engine has no tokenizer, so it can only trace token ids.")
-        return self._encoder
-
-    def _need_compressor(self) -> Compressor:
-        if self.compressor is None:
-            raise ModelError(_NO_DRAFT)
-        return self.compressor
-
-
-_NO_DRAFT = (
-    "This engine has no draft model, which the method needs. Load one, as in "
-    'Engine.load(target="builtin:target", draft="builtin:draft"), or use method=None.'
-)
-
-
-@dataclass(frozen=True, slots=True)
-class _Request:
-    """One prompt on its way through the engine."""
-
-    ids: torch.Tensor  # (tokens,) what the target reads
-    original_tokens: int
-    context: CompressedContext | None
-    clock: Clock
-    row: RowText
-
-    def answer(self, text: str) -> Answer:
-        return Answer(
-            text=text,
-            spans=() if self.context is None else self.context.spans,
-            usage=Usage(self.original_tokens, self.ids.numel(), self.row.tokens),
-            timings=dict(self.clock.seconds),
-            finish_reason=self.row.finish_reason or "length",
-            context=self.context,
-        )
+        return self._pipeline
 
 
 async def _last(chunks: AsyncIterator[Chunk]) -> Answer:

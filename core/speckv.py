@@ -83,12 +83,18 @@ def evict(
     return Eviction(start, tuple(evictor.scores), tuple(evictor.kept), filled, pads)
 
 
-def token_capacity(options: SpecKV, tokens: int) -> int:
-    """The one place where a cache budget becomes an integer."""
+def token_capacity(options: SpecKV, tokens: int, fixed: int = 0) -> int:
+    """The one place where a cache budget becomes an integer.
+
+    Args:
+        options: `capacity`, or `ratio` of the entries that compete.
+        tokens: Of the prompt.
+        fixed: Protected ones among them, which a ratio does not count.
+    """
     if options.ratio is None:
         assert options.capacity is not None  # the options' validator sets one of the two
         return options.capacity
-    return max(1, round(tokens * options.ratio))
+    return fixed + max(1, round((tokens - fixed) * options.ratio))
 
 
 def _pad_right(

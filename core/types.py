@@ -120,6 +120,7 @@ class CompressedContext:
     spans: tuple[Span, ...]
     sizes: tuple[PassageStats, ...]
     stats: CompressionStats
+    lookahead_ids: tuple[int, ...] = ()  # the draft's guessed answer, where it read in one piece
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +130,7 @@ class Usage:
     original_prompt_tokens: int
     prompt_tokens: int  # what the target really read
     completion_tokens: int
+    cache_entries: int | None = None  # KV entries a head after eviction; None: nothing evicted
 
     @property
     def total_tokens(self) -> int:

@@ -67,7 +67,7 @@ PASSAGES = [
     Passage('Five <b>bold</b> & "quoted" words', id="a<script>.md#1"),
     Passage("שלום עולם, זה טקסט", id="b.md#2"),
 ]
-SPANS = [Span("a", 0, 4, 0.9, 0), Span("a", 17, 26, 0.1, 0), Span("b", 5, 9, 0.5, 1)]
+SPANS = [Span("a", 5, 16, 0.9, 0), Span("a", 17, 26, 0.1, 0), Span("b", 5, 9, 0.5, 1)]
 ANSWER = Answer("<i>five</i>", tuple(SPANS), Usage(40, 20, 3), {"decode": 1.25}, "stop")
 
 

@@ -456,7 +456,7 @@ def test_what_identifies_a_model_is_complete_and_plain() -> None:
     model = chat(method=METHOD, temperature=0.5, stop=["x"])
     params = model._identifying_params
     assert params["model"] == "tiny"
-    assert params["method"]["ratio"] == 0.4
+    assert (params["method"]["name"], params["method"]["ratio"]) == ("SpecPC", 0.4)
     assert params["temperature"] == 0.5
     assert json.dumps(params)
     traced = model._get_ls_params(max_tokens=9)
@@ -484,12 +484,15 @@ async def test_a_cache_does_not_confuse_documents(
     question = "Which one?"
     for make in (chat, llm):
         model = make() if everywhere else make(cache=InMemoryCache())
+        answers = set()
         for texts in (["Alpha."], ["Beta, gamma and delta."]):
             expected = make(cache=False).invoke(question, documents=texts)
+            answers.add(text_of(expected))
             for _ in range(2):
                 found = model.invoke(question, documents=texts)
                 assert text_of(found) == text_of(expected)
                 assert text_of(await model.ainvoke(question, documents=texts)) == text_of(expected)
+        assert len(answers) == 2
     assert model.invoke(question) == model.invoke(question)
     with counted(tiny_engine()) as calls:
         model.invoke(question)

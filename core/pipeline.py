@@ -1,0 +1,229 @@
+"""The stages of a request behind `Engine`: compress, encode, guess, evict, decode."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .compressor import Clock, Compressor, OnError
+from .config import Generation, Method, SpecKV
+from .decode import RowText, decode_text
+from .draft import end_token_ids
+from .encoding import PromptEncoder
+from .errors import BudgetError, ModelError, PromptError
+from .models import context_window, explain_out_of_memory
+from .prompt import Prompt
+from .speckv import evict, token_capacity
+from .tracing import stages
+from .types import Answer, CompressedContext, PromptTokens, Usage
+
+MAX_LOOKAHEAD = 256  # tokens that the draft guesses at most unless the method says otherwise
+NO_DRAFT = (
+    "This engine has no draft model, which the method needs. Load one, as in "
+    'Engine.load(target="builtin:target", draft="builtin:draft"), or use method=None.'
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One prompt on its way through the engine."""
+
+    ids: torch.Tensor  # (tokens,) what the target reads
+    original_tokens: int
+    context: CompressedContext | None
+    clock: Clock
+    row: RowText
+    eviction: EvictionPlan | None
+
+    @property
+    def protected(self) -> torch.Tensor:
+        """(tokens,) bool: KV entries that always stay."""
+        plan = self.eviction
+        return torch.ones_like(self.ids, dtype=torch.bool) if plan is None else plan.protected
+
+    def answer(self, text: str) -> Answer:
+        entries = None if self.eviction is None else self.eviction.capacity
+        return Answer(
+            text=text,
+            spans=() if self.context is None else self.context.spans,
+            usage=Usage(self.original_tokens, self.ids.numel(), self.row.tokens, entries),
+            timings=dict(self.clock.seconds),
+            finish_reason=self.row.finish_reason or "length",
+            lookahead=None if self.eviction is None else self.eviction.text,
+            context=self.context,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class EvictionPlan:
+    """What SpecKV needs for one request."""
+
+    method: SpecKV
+    capacity: int
+    lookahead: torch.Tensor  # (guessed,) int64, the target's tokens
+    text: str
+    protected: torch.Tensor  # (tokens,) bool
+
+
+def _protected_entries(tokens: PromptTokens, method: SpecKV, capacity: int) -> torch.Tensor:
+    """(tokens,) bool: all but the passages; without passages the paper's window.
+
+    Raises:
+        BudgetError: They exceed the capacity.
+    """
+    if bool(tokens.protected.all()):
+        place = torch.arange(len(tokens))
+        return place >= len(tokens) - 1 - min(method.window_size, capacity)
+    fixed = int(tokens.protected[:-1].sum())
+    if fixed > capacity:
+        raise BudgetError(
+            f"SpecKV capacity={capacity}, but question, system text and template alone take "
+            f"{fixed} entries. Raise the capacity, or give a ratio."
+        )
+    return tokens.protected
+
+
+class Pipeline:
+    """Runs requests through a target and, where a method asks for it, a draft.
+
+    Args:
+        target: The model that answers.
+        tokenizer: Its tokenizer.
+        encoder: Its prompt encoder.
+        compressor: The draft, or None.
+    """
+
+    def __init__(
+        self,
+        target: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        encoder: PromptEncoder,
+        compressor: Compressor | None,
+    ) -> None:
+        self.target, self.tokenizer, self.encoder = target, tokenizer, encoder
+        self.compressor = compressor
+        self.context_window = context_window(target)
+        self._models = {"target": target, "draft": None if compressor is None else compressor.model}
+        theirs = None if compressor is None else compressor.tokenizer
+        self._same_tokens = (
+            theirs is None or theirs is tokenizer or (theirs.get_vocab() == tokenizer.get_vocab())
+        )
+
+    def prepare(
+        self, prompt: Prompt, method: Method | None, options: Generation, on_error: OnError
+    ) -> Request:
+        """Compress and encode one prompt, and let the draft guess where the method needs it."""
+        specpc, speckv = stages(method)
+        clock = Clock()
+        context: CompressedContext | None = None
+        shorter = prompt
+        if specpc is not None:
+            with explain_out_of_memory(**self._models):
+                shorter, context = self.need_compressor().compress_prompt(
+                    prompt, specpc, on_error=on_error, max_new_tokens=options.max_new_tokens
+                )
+            clock.add(context.stats.seconds)
+        with clock("encode"):
+            tokens = self.encoder.encode(shorter)
+            original = tokens if shorter is prompt else self.encoder.encode(prompt)
+        if self.context_window is not None and len(tokens) > self.context_window:
+            raise PromptError(
+                f"The prompt has {len(tokens)} tokens, the target reads at most "
+                f"{self.context_window}: give fewer passages, or compress them "
+                f"(method=SpecPC(capacity={self.context_window // 2}))."
+            )
+        eviction = None
+        if speckv is not None:
+            with clock("draft"):
+                eviction = self._plan_eviction(shorter, tokens, context, speckv, options)
+        row = self._row(len(tokens), options)
+        return Request(tokens.ids, len(original), context, clock, row, eviction)
+
+    def _plan_eviction(
+        self,
+        prompt: Prompt,
+        tokens: PromptTokens,
+        context: CompressedContext | None,
+        method: SpecKV,
+        options: Generation,
+    ) -> EvictionPlan | None:
+        """The draft's guessed answer in the target's tokens; None where all entries fit."""
+        fixed = int(tokens.protected.sum()) if len(prompt.passages) else 0
+        capacity = token_capacity(method, len(tokens), fixed)
+        if len(tokens) <= capacity:
+            return None
+        protected = _protected_entries(tokens, method, capacity)
+        compressor = self.need_compressor()
+        wanted = method.lookahead_tokens or min(options.max_new_tokens, MAX_LOOKAHEAD)
+        if context is not None and context.lookahead_ids:
+            guessed = torch.tensor(context.lookahead_ids)
+        else:
+            guessed = compressor.guess(prompt, wanted)
+        text = str(compressor.tokenizer.decode(guessed.tolist(), skip_special_tokens=True))
+        if not self._same_tokens:
+            guessed = torch.tensor(self.encoder.encode_text(text), dtype=torch.int64)
+        room = (self.context_window or len(tokens) + len(guessed)) - len(tokens)
+        return EvictionPlan(method, capacity, guessed[:room], text, protected)
+
+    def _row(self, prompt_tokens: int, options: Generation) -> RowText:
+        """The answer of one row, ended by the generation's limit or the target's window."""
+        room = (self.context_window or prompt_tokens + options.max_new_tokens) - prompt_tokens
+        return RowText(
+            tokenizer=self.tokenizer.backend_tokenizer,
+            ends=frozenset(end_token_ids(self.target).tolist()),
+            stop=options.stop,
+            limit=max(1, min(options.max_new_tokens, room)),
+        )
+
+    def decode(self, requests: Sequence[Request], options: Generation) -> Iterator[list[str]]:
+        """Read the prompts and generate as one batch; yields each request's new text."""
+        prompts = [request.ids for request in requests]
+        rows = [request.row for request in requests]
+        stage = "prefill"
+        with explain_out_of_memory(**self._models):
+            steps = self._steps(requests, prompts, options, rows)
+            while True:
+                clock = Clock()
+                with clock(stage):
+                    pieces = next(steps, None)
+                for request in requests:
+                    request.clock.add(clock.seconds)
+                if pieces is None:
+                    return
+                yield pieces
+                stage = "decode"
+
+    def _steps(
+        self,
+        requests: Sequence[Request],
+        prompts: Sequence[torch.Tensor],
+        options: Generation,
+        rows: Sequence[RowText],
+    ) -> Iterator[list[str]]:
+        """Evict while the prompts are read, if a method asks for it, and decode."""
+        plans = [request.eviction for request in requests]
+        chosen = next((plan for plan in plans if plan is not None), None)
+        start = None
+        if chosen is not None:
+            nothing = torch.tensor([], dtype=torch.int64)
+            start = evict(
+                self.target,
+                prompts,
+                [nothing if plan is None else plan.lookahead for plan in plans],
+                chosen.method,
+                [
+                    p.numel() if q is None else q.capacity
+                    for p, q in zip(prompts, plans, strict=True)
+                ],
+                [request.protected for request in requests],
+            ).start
+        yield from decode_text(self.target, prompts, options, rows, start)
+
+    def need_compressor(self) -> Compressor:
+        """The draft, or a `ModelError` where there is none."""
+        if self.compressor is None:
+            raise ModelError(NO_DRAFT)
+        return self.compressor
