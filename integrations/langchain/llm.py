@@ -1,0 +1,116 @@
+"""A LangChain text LLM: each prompt is one user message, many prompts are one batch."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
+from langchain_core.language_models import BaseLLM
+from langchain_core.outputs import Generation, GenerationChunk, LLMResult
+
+from ...core.config import Method
+from ...core.prompt import Prompt
+from ...core.types import Answer, Chunk
+from .messages import usage_metadata
+from .options import CALL_OPTIONS, STRICT, EngineOptions, as_passages
+
+
+class DraftSieveLLM(EngineOptions, BaseLLM):
+    """Completes prompts with a target model; a call's `documents` are compressed by `method`.
+
+    A plain prompt is one user message and is never compressed. `documents=[...]` of a call
+    (texts, documents or passages) stand in front of each of its prompts.
+
+    A call may override `method`, `on_error`, `max_tokens`, `temperature`, `top_p`, `top_k`,
+    `min_p`, `repetition_penalty`, `seed` and `stop`; other keyword arguments are refused.
+
+    Options: see `EngineOptions`.
+
+    LangChain's cache of text LLMs would confuse calls that differ in such options, `documents`
+    included: they go round it.
+
+    A generation's `generation_info` has what `ChatDraftSieve` puts into `response_metadata`, and
+    "usage".
+    """
+
+    model_config = STRICT
+
+    @property
+    def _llm_type(self) -> str:
+        return "draftsieve"
+
+    def generate(
+        self, prompts: list[str], stop: list[str] | None = None, *args: Any, **kwargs: Any
+    ) -> LLMResult:
+        """Answer prompts as `BaseLLM.generate` does; a call with options goes round the cache."""
+        caller = self._uncached(kwargs)
+        return super(DraftSieveLLM, caller).generate(prompts, stop, *args, **kwargs)
+
+    async def agenerate(
+        self, prompts: list[str], stop: list[str] | None = None, *args: Any, **kwargs: Any
+    ) -> LLMResult:
+        """Do what `generate` does without blocking the event loop."""
+        caller = self._uncached(kwargs)
+        return await super(DraftSieveLLM, caller).agenerate(prompts, stop, *args, **kwargs)
+
+    def _uncached(self, options: dict[str, Any]) -> DraftSieveLLM:
+        """LangChain's cache of text LLMs knows no option of a call but `stop`."""
+        own = options.keys() & CALL_OPTIONS
+        return self.model_copy(update={"cache": False}) if own else self
+
+    def _generate(
+        self,
+        prompts: list[str],
+        stop: list[str] | None = None,
+        run_manager: CallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> LLMResult:
+        options = self.call_options(stop, kwargs)
+        answers = self.loaded.generate_many([_prompt(p, kwargs) for p in prompts], **dict(options))
+        return LLMResult(
+            generations=[
+                [Generation(text=a.text, generation_info=self._info(a, options.method))]
+                for a in answers
+            ]
+        )
+
+    def _stream(
+        self,
+        prompt: str,
+        stop: list[str] | None = None,
+        run_manager: CallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> Iterator[GenerationChunk]:
+        options = self.call_options(stop, kwargs)
+        for piece in self.loaded.stream_prompt(_prompt(prompt, kwargs), **dict(options)):
+            chunk = self._chunk(piece, options.method)
+            if run_manager is not None:
+                run_manager.on_llm_new_token(piece.text, chunk=chunk)
+            yield chunk
+
+    async def _astream(
+        self,
+        prompt: str,
+        stop: list[str] | None = None,
+        run_manager: AsyncCallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> AsyncIterator[GenerationChunk]:
+        options = self.call_options(stop, kwargs)
+        async for piece in self.loaded.astream_prompt(_prompt(prompt, kwargs), **dict(options)):
+            chunk = self._chunk(piece, options.method)
+            if run_manager is not None:
+                await run_manager.on_llm_new_token(piece.text, chunk=chunk)
+            yield chunk
+
+    def _chunk(self, piece: Chunk, method: Method | None) -> GenerationChunk:
+        info = None if piece.answer is None else self._info(piece.answer, method)
+        return GenerationChunk(text=piece.text, generation_info=info)
+
+    def _info(self, answer: Answer, method: Method | None) -> dict[str, Any]:
+        return {**self.report(answer, method), "usage": dict(usage_metadata(answer.usage))}
+
+
+def _prompt(text: str, options: dict[str, Any]) -> Prompt:
+    documents = as_passages(options.get("documents") or ())
+    return Prompt.from_messages([{"role": "user", "content": text}], documents)

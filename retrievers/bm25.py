@@ -1,0 +1,135 @@
+"""BM25 over passages, by bm25s: words in common, rare words count more (Robertson et al., 1994)."""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+import unicodedata
+from collections.abc import Collection, Sequence
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from ..core.errors import PromptError
+from ..core.types import Passage
+from .extras import require
+
+# Scripts written without spaces: each character is a word.
+_UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff"
+
+
+class Bm25Index:
+    """An index of passages in memory; searching does not change it, so threads may share it.
+
+    Args:
+        passages: What can be found.
+        k1: How fast repeated words stop counting.
+        b: How much long passages are held back, from 0 to 1.
+        stopwords: Words left out, written in any case.
+        progress: Show bm25s' progress bars while indexing.
+
+    Raises:
+        MissingExtraError: bm25s is not installed.
+    """
+
+    def __init__(
+        self,
+        passages: Sequence[Passage],
+        *,
+        k1: float = 1.5,
+        b: float = 0.75,
+        stopwords: Collection[str] = (),
+        progress: bool = False,
+    ) -> None:
+        engine = _bm25s()
+        self._passages = tuple(passages)
+        self._stopwords = frozenset(word for text in stopwords for word in words(text))
+        self._vocabulary: dict[str, int] = {}
+        tokens = [self._number(passage.text) for passage in self._passages]
+        self._bm25: Any = None
+        if self._vocabulary:
+            self._bm25 = engine.BM25(k1=k1, b=b, method="lucene", backend="numpy")
+            self._bm25.index(
+                (tokens, self._vocabulary), create_empty_token=False, show_progress=progress
+            )
+
+    @classmethod
+    def from_texts(cls, texts: Sequence[str], **options: Any) -> Bm25Index:
+        """Index texts; their ids are their places from "1" on. Options as for the class."""
+        return cls([Passage(text, str(n)) for n, text in enumerate(texts, start=1)], **options)
+
+    @classmethod
+    def from_passages(cls, passages: Sequence[Passage], **options: Any) -> Bm25Index:
+        """Index passages. Options as for the class."""
+        return cls(passages, **options)
+
+    def __len__(self) -> int:
+        return len(self._passages)
+
+    def search(self, question: str, k: int = 5) -> list[tuple[Passage, float]]:
+        """Find the passages that share the most telling words with a question.
+
+        Args:
+            question: Any text.
+            k: Most passages returned; more than there are returns all of them.
+
+        Returns:
+            Passages with their scores, best first, equal scores in the order of indexing.
+            Passages without any word of the question score 0 and fill up to k.
+
+        Raises:
+            PromptError: k is below 1.
+        """
+        if k < 1:
+            raise PromptError(f"k is {k}: ask for at least one passage.")
+        scores = self._scores(question)  # (passages,) float32
+        order = np.argsort(-scores, kind="stable")[:k]
+        return [(self._passages[index], float(scores[index])) for index in order]
+
+    def _scores(self, question: str) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
+        known = [self._vocabulary[w] for w in self._words(question) if w in self._vocabulary]
+        if not known:
+            return np.zeros(len(self._passages), dtype=np.float32)
+        scores: np.ndarray[tuple[int], np.dtype[np.float32]] = self._bm25.get_scores_from_ids(known)
+        return scores
+
+    def _number(self, text: str) -> list[int]:
+        """Word numbers of a text; new words join the vocabulary."""
+        return [self._vocabulary.setdefault(w, len(self._vocabulary)) for w in self._words(text)]
+
+    def _words(self, text: str) -> list[str]:
+        return [word for word in words(text) if word not in self._stopwords]
+
+
+def words(text: str) -> list[str]:
+    """Cut a text into lower-case words of letters, digits and combining marks, in any script.
+
+    Args:
+        text: Any text; compatibility forms (full width, ligatures) count as the plain ones.
+
+    Returns:
+        The words in order. Scripts written without spaces give single characters.
+    """
+    found: list[str] = _word().findall(unicodedata.normalize("NFKC", text).casefold())
+    return found
+
+
+@cache
+def _word() -> re.Pattern[str]:
+    """Letters, digits and the marks that belong to them, which `\\w` alone leaves out."""
+    codes = (code for code in range(0x300, 0x20000) if unicodedata.category(chr(code))[0] == "M")
+    marks = "".join(map(chr, codes))
+    return re.compile(rf"[{_UNSPACED}]|(?:(?![{_UNSPACED}])[\w{marks}])+")
+
+
+def _bm25s() -> Any:
+    """bm25s, without the debug level that it gives its logger when it is first imported."""
+    require("bm25s", "retrieval", "Bm25Index")
+    fresh = "bm25s" not in sys.modules
+    import bm25s
+
+    if fresh:
+        logging.getLogger("bm25s").setLevel(logging.NOTSET)
+    return bm25s
