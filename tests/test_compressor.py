@@ -7,13 +7,13 @@ import random
 
 import pytest
 import torch
+from pydantic import ValidationError
+
+from draftsieve import Compressor, Passage, Prompt, SpecPC
 from draftsieve.core.compressor import Budget
 from draftsieve.core.errors import BudgetError, ModelNotFoundError, PromptError
 from draftsieve.core.types import CompressedContext, Segment
 from draftsieve.core.units import sentence_spans, word_spans
-from pydantic import ValidationError
-
-from draftsieve import Compressor, Passage, Prompt, SpecPC
 
 from .adapters_fixtures import QUESTION, TEXTS, tiny_compressor, tiny_model, tiny_tokenizer
 

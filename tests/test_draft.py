@@ -6,13 +6,13 @@ from threading import Thread
 
 import pytest
 import torch
+from transformers import PreTrainedModel
+
+from draftsieve import SpecPC
 from draftsieve.core.capture import NAME, observing
 from draftsieve.core.decode import pad_left
 from draftsieve.core.draft import read_draft
 from draftsieve.core.errors import ModelError
-from transformers import PreTrainedModel
-
-from draftsieve import SpecPC
 
 from . import families
 

@@ -8,11 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from draftsieve.core.errors import ModelError, OutOfMemoryError, PromptError
-from draftsieve.core.models import explain_out_of_memory
 from transformers import DynamicCache
 
 from draftsieve import Engine, Generation, Prompt, SpecPC
+from draftsieve.core.errors import ModelError, OutOfMemoryError, PromptError
+from draftsieve.core.models import explain_out_of_memory
 
 from .adapters_fixtures import QUESTION, TEXTS, tiny_engine, tiny_model, tiny_tokenizer
 

@@ -61,7 +61,17 @@ def test_the_core_imports_no_framework() -> None:
 
 def test_a_wheel_carries_code_types_and_the_bundled_pair(tmp_path: Path) -> None:
     subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", tmp_path, ROOT],
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "wheel",
+            "--quiet",
+            "--no-deps",
+            "--wheel-dir",
+            tmp_path,
+            ROOT,
+        ],
         check=True,
         timeout=600,
         capture_output=True,

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+
+from draftsieve import Engine, SpecPC
 from draftsieve.core.draft import read_draft
 from draftsieve.core.scoring import pool
 from draftsieve.core.specpc import select
 from draftsieve.core.types import DraftReading
-
-from draftsieve import Engine, SpecPC
 
 from . import recorded
 

@@ -1,0 +1,148 @@
+"""Loading: bundled pair, folders, quantised weights, devices, dtypes, errors."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from transformers.utils import logging as transformers_logging
+
+from draftsieve import Compressor, Engine, Generation, Quantization, SpecKV, SpecPC
+from draftsieve.core.errors import ModelError, ModelNotFoundError
+from draftsieve.core.models import load_model, resolve
+
+QUESTION = "Which badge was issued to Mira Tolen?"
+TEXTS = [
+    "Badge AK-731 was issued to Mira Tolen. She plays chess on Sundays. Her room is 214.",
+    "Calls for Jonas Perrick go to 555-0173. The pass made out to him is marked D-4410.",
+]
+SHORT = Generation(max_new_tokens=8)
+
+
+def test_the_bundled_pair_loads_in_float32_on_a_cpu() -> None:
+    target = load_model("builtin:target", device="cpu", progress=False)
+    draft = load_model("builtin:draft", device="cpu", progress=False)
+    assert target.model.dtype == draft.model.dtype == torch.float32
+    assert not target.model.training
+    assert 4 < target.model.num_parameters() / draft.model.num_parameters() < 10
+    assert target.tokenizer.get_vocab() == draft.tokenizer.get_vocab()
+    assert len(target.tokenizer) == target.model.config.vocab_size
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantised_pairs_answer_on_a_cpu(bits: int) -> None:
+    plain = Engine.load("builtin:target", "builtin:draft", device="cpu", progress=False)
+    quantised = Engine.load(
+        "builtin:target",
+        "builtin:draft",
+        quantization=Quantization(bits=bits),
+        draft_quantization=Quantization(bits=bits),
+        device="cpu",
+        progress=False,
+    )
+    for small, big in ((quantised.target, plain.target), (quantised.draft, plain.draft)):
+        assert small is not None
+        assert big is not None
+        assert small.get_memory_footprint() < big.get_memory_footprint()  # type: ignore[no-untyped-call]
+    ids = torch.arange(10, 60).unsqueeze(0)
+    with torch.no_grad():
+        exact, close = plain.target(ids).logits, quantised.target(ids).logits
+    error = (exact - close).float().norm() / exact.norm()
+    assert 0 < error < (0.35 if bits == 4 else 0.1)
+    for method in (None, SpecPC(ratio=0.5), SpecKV(ratio=0.5)):
+        answer = quantised.answer(QUESTION, TEXTS, method=method, generation=SHORT)
+        assert answer.usage.completion_tokens > 0
+        again = quantised.answer(QUESTION, TEXTS, method=method, generation=SHORT)
+        assert again.text == answer.text
+
+
+def test_a_fresh_quantised_model_takes_several_threads_at_once() -> None:
+    """The first 4-bit pass on a CPU repacks weights in place; loading runs it before anyone."""
+    engine = Engine.load(
+        "builtin:target", quantization=Quantization(bits=4), device="cpu", progress=False
+    )
+    with ThreadPoolExecutor(4) as pool:
+        answers = list(
+            pool.map(lambda _: engine.answer(QUESTION, TEXTS, generation=SHORT).text, range(8))
+        )
+    assert len(set(answers)) == 1
+
+
+def test_a_quantised_batch_stays_close_to_single_rows() -> None:
+    loaded = load_model(
+        "builtin:target", quantization=Quantization(bits=8), device="cpu", progress=False
+    )
+    rows = [torch.arange(10, 40), torch.arange(60, 80)]
+    from draftsieve.core.decode import pad_left
+
+    ids, mask = pad_left(rows, torch.device("cpu"))
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    with torch.no_grad():
+        both = loaded.model(ids, attention_mask=mask, position_ids=positions).logits[:, -1]
+        for index, row in enumerate(rows):
+            alone = loaded.model(row.unsqueeze(0)).logits[0, -1]
+            assert (both[index] - alone).norm() / alone.norm() < 0.05
+
+
+def test_folders_load_like_bundled_models(tmp_path: Path) -> None:
+    loaded = load_model("builtin:draft", device="cpu", progress=False)
+    loaded.model.save_pretrained(tmp_path)
+    loaded.tokenizer.save_pretrained(tmp_path)
+    method = SpecPC(ratio=0.5)
+    texts = {
+        Compressor.load(name, device="cpu", progress=False).compress(QUESTION, TEXTS, method).text
+        for name in (tmp_path, str(tmp_path), "builtin:draft")
+    }
+    assert len(texts) == 1
+
+
+def test_only_safetensors_are_read(tmp_path: Path) -> None:
+    loaded = load_model("builtin:draft", device="cpu", progress=False)
+    loaded.model.config.save_pretrained(tmp_path)
+    loaded.tokenizer.save_pretrained(tmp_path)
+    torch.save(loaded.model.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(ModelNotFoundError, match="safetensors"):
+        load_model(tmp_path, progress=False)
+
+
+def test_dtypes_and_devices() -> None:
+    half = load_model("builtin:draft", dtype="bfloat16", device="cpu", progress=False)
+    assert half.model.dtype == torch.bfloat16
+    with pytest.raises(ModelError, match="no dtype"):
+        load_model("builtin:draft", dtype="float33", progress=False)
+    with pytest.raises(ModelError, match="no device"):
+        load_model("builtin:draft", device="toaster", progress=False)
+    if not torch.cuda.is_available():
+        with pytest.raises(ModelError, match="sees no CUDA"):
+            load_model("builtin:draft", device="cuda", progress=False)
+
+
+def test_names_that_do_not_exist_are_explained() -> None:
+    with pytest.raises(ModelNotFoundError, match=r"there are: .*builtin:draft.*builtin:target"):
+        resolve("builtin:nothing")
+    with pytest.raises(ModelNotFoundError, match="does not exist"):
+        resolve("./missing")
+    with pytest.raises(ModelNotFoundError, match="Cannot find the model"):
+        load_model("no-such-org/no-such-model", progress=False)
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_loading_bars_can_be_turned_off(shown: bool, capfd: pytest.CaptureFixture[str]) -> None:
+    before = transformers_logging.is_progress_bar_enabled()
+    load_model("builtin:draft", device="cpu", progress=shown)
+    assert ("it/s" in capfd.readouterr().err) == shown
+    assert transformers_logging.is_progress_bar_enabled() == before
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("bits", [None, 4, 8])
+def test_on_cuda(bits: int | None) -> None:
+    weights = None if bits is None else Quantization.model_validate({"bits": bits})
+    engine = Engine.load(
+        "builtin:target", "builtin:draft", quantization=weights, device="cuda", progress=False
+    )
+    for method in (None, SpecPC(ratio=0.5), SpecKV(ratio=0.5)):
+        answer = engine.answer(QUESTION, TEXTS, method=method, generation=SHORT)
+        assert answer.usage.completion_tokens > 0
