@@ -1,13 +1,13 @@
-"""Shared tiny models: deterministic checkpoints of the recorded cases, and families from configs."""
+"""Every test runs offline and on one thread."""
 
 from __future__ import annotations
 
 import os
 
+import torch
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("BITSANDBYTES_NOWELCOME", "1")
-
-import torch
 
 torch.set_num_threads(1)  # the models are tiny: threads only wait for each other
