@@ -8,6 +8,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Pool = Literal["max", "mean"]
 Unit = Literal["token", "word", "sentence", "passage"]
+Scorer = Literal[
+    "speckv", "snapkv", "laq", "oracle", "tova", "h2o", "streaming", "key_norm", "random"
+]
 PositiveInt = Annotated[int, Field(ge=1, strict=True)]
 
 
@@ -90,6 +93,10 @@ class SpecKV(Options):
         pool: "max", "mean" or None.
         reduction: How rows and the heads of a group are merged, "max" or "mean".
         lookahead_tokens: Tokens the draft guesses; None means the generation's `max_new_tokens`.
+        scorer: "speckv"; or a baseline that needs no draft: "snapkv", "laq", "tova", "h2o",
+            "streaming", "key_norm", "random", and "oracle" (the target's own greedy answer as
+            lookahead, an upper bound that costs more than it saves). See `core/kv_scorers/`.
+        seed: Of "random".
     """
 
     capacity: PositiveInt | None = None
@@ -99,6 +106,8 @@ class SpecKV(Options):
     pool: Pool | None = "max"
     reduction: Pool = "max"
     lookahead_tokens: PositiveInt | None = None
+    scorer: Scorer = "speckv"
+    seed: Annotated[int, Field(ge=0)] = 0
 
     @model_validator(mode="before")
     @classmethod

@@ -19,7 +19,7 @@ from .config import Generation, Method, Quantization, SpecPC
 from .encoding import PromptEncoder
 from .errors import ModelError, PromptError
 from .models import context_window, load_model
-from .pipeline import NO_DRAFT, Pipeline
+from .pipeline import Pipeline
 from .prompt import DEFAULT_SYSTEM, Prompt
 from .tracing import trace
 from .types import Answer, Chunk, CompressedContext, Passage, Trace
@@ -295,8 +295,6 @@ class Engine:
             raise PromptError(
                 f"trace takes ids of shape (1, tokens), got {tuple(input_ids.shape)}."
             )
-        if method is not None and self.draft is None:
-            raise ModelError(NO_DRAFT)
         return trace(self.target, self.draft, input_ids, method, max_new_tokens)
 
     def count_tokens(self, text: str) -> int:

@@ -29,3 +29,9 @@ class MissingExtraError(DraftSieveError, ImportError):
 
 class OutOfMemoryError(DraftSieveError, MemoryError):
     """The machine ran out of memory; the message names the models' footprints."""
+
+
+NO_DRAFT = (
+    "This engine has no draft model, which the method needs. Load one, as in "
+    'Engine.load(target="builtin:target", draft="builtin:draft"), or use method=None.'
+)

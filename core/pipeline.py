@@ -13,7 +13,8 @@ from .config import Generation, Method, SpecKV
 from .decode import RowText, decode_text
 from .draft import end_token_ids
 from .encoding import PromptEncoder
-from .errors import BudgetError, ModelError, PromptError
+from .errors import NO_DRAFT, BudgetError, ModelError, PromptError
+from .lookahead import look_ahead
 from .models import context_window, explain_out_of_memory
 from .prompt import Prompt
 from .speckv import evict, token_capacity
@@ -21,10 +22,6 @@ from .tracing import stages
 from .types import Answer, CompressedContext, PromptTokens, Usage
 
 MAX_LOOKAHEAD = 256  # tokens that the draft guesses at most unless the method says otherwise
-NO_DRAFT = (
-    "This engine has no draft model, which the method needs. Load one, as in "
-    'Engine.load(target="builtin:target", draft="builtin:draft"), or use method=None.'
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,17 +153,32 @@ class Pipeline:
         if len(tokens) <= capacity:
             return None
         protected = _protected_entries(tokens, method, capacity)
-        compressor = self.need_compressor()
+
+        def draft(wanted: int) -> torch.Tensor:
+            return self._draft_guess(prompt, context, wanted)
+
         wanted = method.lookahead_tokens or min(options.max_new_tokens, MAX_LOOKAHEAD)
+        with explain_out_of_memory(**self._models), torch.no_grad():
+            guessed = look_ahead(
+                self.target, tokens.ids, method, capacity, wanted, draft, protected
+            )
+        room = (self.context_window or len(tokens) + len(guessed)) - len(tokens)
+        text = str(self.tokenizer.decode(guessed.tolist(), skip_special_tokens=True))
+        return EvictionPlan(method, capacity, guessed[:room], text, protected)
+
+    def _draft_guess(
+        self, prompt: Prompt, context: CompressedContext | None, wanted: int
+    ) -> torch.Tensor:
+        """The draft's answer in the target's tokens: what SpecPC already has, or a new one."""
+        compressor = self.need_compressor()
         if context is not None and context.lookahead_ids:
             guessed = torch.tensor(context.lookahead_ids)
         else:
             guessed = compressor.guess(prompt, wanted)
+        if self._same_tokens:
+            return guessed
         text = str(compressor.tokenizer.decode(guessed.tolist(), skip_special_tokens=True))
-        if not self._same_tokens:
-            guessed = torch.tensor(self.encoder.encode_text(text), dtype=torch.int64)
-        room = (self.context_window or len(tokens) + len(guessed)) - len(tokens)
-        return EvictionPlan(method, capacity, guessed[:room], text, protected)
+        return torch.tensor(self.encoder.encode_text(text), dtype=torch.int64)
 
     def _row(self, prompt_tokens: int, options: Generation) -> RowText:
         """The answer of one row, ended by the generation's limit or the target's window."""

@@ -19,6 +19,7 @@ from .cache import EvictedLayer, evicting_cache
 from .capture import observing, visible_keys
 from .config import SpecKV
 from .decode import Start, pad_left
+from .kv_scorers import SCORERS, LayerView
 from .scoring import attention_probabilities
 
 
@@ -122,6 +123,7 @@ class _Evictor:
     ) -> None:
         self.cache: Any = None
         self.padding, self.columns, self.options = padding, columns, options
+        self.scorer = SCORERS[options.scorer]
         self.capacity = int(slots.max())
         place = torch.arange(columns, device=padding.device)
         self.real = place >= (columns - lengths).unsqueeze(1)  # (batch, columns)
@@ -134,9 +136,8 @@ class _Evictor:
         self.filled = torch.arange(self.capacity, device=padding.device) >= (
             self.capacity - self.slots
         )
-        rows = options.window_size + 1 + padding.shape[1] - columns
-        self.rows = min(rows, padding.shape[1])
-        newest = torch.arange(padding.shape[1] - self.rows, padding.shape[1], device=padding.device)
+        rows = min(options.window_size + 1 + padding.shape[1] - columns, padding.shape[1])
+        newest = torch.arange(padding.shape[1] - rows, padding.shape[1], device=padding.device)
         # a row looks if it is no padding and, in the prompt, within W + 1 of its end
         self.looks = padding[:, newest] & (newest >= columns - 1 - options.window_size)
         self.scores: list[torch.Tensor] = []
@@ -156,37 +157,43 @@ class _Evictor:
         value: torch.Tensor,
         **kwargs: Any,
     ) -> None:
-        layer = self.cache.layers[module.layer_idx]
+        index = int(module.layer_idx)  # type: ignore[arg-type]
+        layer = self.cache.layers[index]
         assert isinstance(layer, EvictedLayer)
-        window = kwargs.get("sliding_window")
-        view = visible_keys(module, key, mask, self.padding, self.rows, window)
-        probabilities = attention_probabilities(
-            query[:, :, -self.rows :],
-            key,
-            view.visible,
-            kwargs.get("scaling") or query.shape[-1] ** -0.5,
-            kwargs.get("softcap"),
-            kwargs.get("s_aux"),
-        )[..., : self.columns]
-        pooled = self._pool(self._reduce(probabilities, key.shape[1]))
+
+        def attention(first: int, last: int) -> torch.Tensor:
+            back = query.shape[2] - first
+            window = kwargs.get("sliding_window")
+            view = visible_keys(module, key, mask, self.padding, back, window)
+            return attention_probabilities(
+                query[:, :, first:last],
+                key,
+                view.visible[:, :, : last - first],
+                kwargs.get("scaling") or query.shape[-1] ** -0.5,
+                kwargs.get("softcap"),
+                kwargs.get("s_aux"),
+            )[..., : self.columns]
+
+        view = LayerView(
+            layer=index,
+            key=key[:, :, : self.columns],
+            real=self.real,
+            looks=self.looks,
+            queries=query.shape[2],
+            reduction=self.options.reduction,
+            seed=self.options.seed,
+            attention=attention,
+        )
+        pooled = self._pool(self.scorer.score(view))
         kept = self._choose(pooled)
         layer.keep(key, value, kept, self.columns - 1)
         self.scores.append(pooled.cpu())
         self.kept.append(kept.cpu())
 
-    def _reduce(self, probabilities: torch.Tensor, kv_heads: int) -> torch.Tensor:
-        """(batch, heads, rows, columns) -> (batch, kv_heads, columns)."""
-        batch, heads, rows, columns = probabilities.shape
-        looking = probabilities * self.looks[:, None, :, None]
-        grouped = looking.view(batch, kv_heads, heads // kv_heads * rows, columns)
-        if self.options.reduction == "max":
-            return grouped.amax(2)
-        terms = self.looks.sum(1) * (heads // kv_heads)  # (batch,)
-        return grouped.sum(2) / terms[:, None, None]
-
     def _pool(self, scores: torch.Tensor) -> torch.Tensor:
         """Pool over rivals only: nothing outside for max, zeros outside for mean."""
         size, how = self.options.kernel_size, self.options.pool
+        how = how if self.scorer.pooled else None
         outside = ~self.rivals.unsqueeze(1)
         if how == "max":
             scores = scores.masked_fill(outside, float("-inf"))

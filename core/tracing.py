@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from transformers import PreTrainedModel
 
-from .config import Generation, Method, SpecKV, SpecKVPC, SpecPC
-from .decode import Start, next_tokens
-from .draft import end_token_ids, guess, read_draft
+from .config import Method, SpecKV, SpecKVPC, SpecPC
+from .draft import guess, read_draft
+from .errors import NO_DRAFT, ModelError
+from .lookahead import greedy, look_ahead
 from .speckv import Eviction, evict, token_capacity
 from .specpc import select
 from .types import DraftReading, Selection, Trace
@@ -24,18 +25,19 @@ def trace(
 
     Args:
         target: The model that answers.
-        draft: The model that reads first; needed by every method.
+        draft: The model that reads first; SpecKV's baseline scorers do without it.
         input_ids: (1, tokens) int64.
         method: None for the target alone.
         max_new_tokens: Most tokens generated, greedily.
     """
     prompt = input_ids[0].cpu()
     specpc, speckv = stages(method)
-    if draft is None or method is None:
-        return Trace(output_ids=_greedy(target, prompt, max_new_tokens))
+    if method is None:
+        return Trace(output_ids=greedy(target, prompt, max_new_tokens))
     reading: DraftReading | None = None
     chosen: Selection | None = None
     if specpc is not None:
+        draft = _need(draft)
         tokens = specpc.lookahead_tokens or max_new_tokens
         reading = read_draft(draft, input_ids, specpc, lookahead_tokens=tokens)[0]
         chosen = select(reading.scores, specpc)
@@ -43,7 +45,11 @@ def trace(
         prompt = prompt[chosen.indices]
     else:
         assert speckv is not None  # a method has at least one stage
-        lookahead = guess(draft, input_ids, speckv.lookahead_tokens or max_new_tokens)[0]
+        capacity = token_capacity(speckv, prompt.numel())
+        tokens = speckv.lookahead_tokens or max_new_tokens
+        lookahead = look_ahead(
+            target, prompt, speckv, capacity, tokens, lambda n: guess(_need(draft), input_ids, n)[0]
+        )
     done: Eviction | None = None
     if speckv is not None and prompt.numel() > token_capacity(speckv, prompt.numel()):
         capacity = token_capacity(speckv, prompt.numel())
@@ -51,7 +57,7 @@ def trace(
     start = None if done is None else done.start
     rivals = max(0, prompt.numel() - (0 if speckv is None else speckv.window_size) - 1)
     return Trace(
-        output_ids=_greedy(target, prompt, max_new_tokens, start),
+        output_ids=greedy(target, prompt, max_new_tokens, start),
         draft_scores=None if reading is None else reading.scores,
         pooled_scores=None if chosen is None else chosen.pooled_scores,
         kept_prompt_indices=None if chosen is None else chosen.indices,
@@ -61,6 +67,12 @@ def trace(
     )
 
 
+def _need(draft: PreTrainedModel | None) -> PreTrainedModel:
+    if draft is None:
+        raise ModelError(NO_DRAFT)
+    return draft
+
+
 def stages(method: Method | None) -> tuple[SpecPC | None, SpecKV | None]:
     """The prompt stage and the cache stage of a method."""
     if isinstance(method, SpecKVPC):
@@ -68,17 +80,3 @@ def stages(method: Method | None) -> tuple[SpecPC | None, SpecKV | None]:
     if isinstance(method, SpecKV):
         return None, method
     return method, None
-
-
-def _greedy(
-    target: PreTrainedModel, prompt: torch.Tensor, max_new_tokens: int, start: Start | None = None
-) -> torch.Tensor:
-    """(new,) int64; an end token stops and is included."""
-    ends = set(end_token_ids(target).tolist())
-    tokens: list[int] = []
-    options = Generation(max_new_tokens=max_new_tokens)
-    for (token,) in next_tokens(target, [prompt], options, start):
-        tokens.append(token)
-        if token in ends:
-            break
-    return torch.tensor(tokens)

@@ -1,0 +1,43 @@
+"""How KV entries are scored, one file a method, chosen by name (`SpecKV(scorer=...)`).
+
+A scorer is a function from a `LayerView` to (batch, kv_heads, columns) scores; higher stays.
+Budget, protection, pooling and eviction are the same for all (`core/speckv.py`). A method's
+lookahead says whose guess the target reads behind the prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from . import attention, h2o, key_norm, random_scores, streaming, tova
+from .view import LayerView
+
+Lookahead = Literal["draft", "none", "compressed", "target"]
+
+
+@dataclass(frozen=True, slots=True)
+class KVScorer:
+    """A method that decides which KV entries stay."""
+
+    score: Callable[[LayerView], torch.Tensor]
+    lookahead: Lookahead
+    pooled: bool = True  # whether `SpecKV.pool` applies
+
+
+SCORERS: Mapping[str, KVScorer] = {
+    "speckv": KVScorer(attention.score, "draft"),
+    "snapkv": KVScorer(attention.score, "none"),
+    "laq": KVScorer(attention.score, "compressed"),
+    "oracle": KVScorer(attention.score, "target"),
+    "tova": KVScorer(tova.score, "none", pooled=False),
+    "h2o": KVScorer(h2o.score, "none", pooled=False),
+    "streaming": KVScorer(streaming.score, "none", pooled=False),
+    "key_norm": KVScorer(key_norm.score, "none", pooled=False),
+    "random": KVScorer(random_scores.score, "none", pooled=False),
+}
+
+__all__ = ["SCORERS", "KVScorer", "LayerView", "Lookahead"]
