@@ -9,4 +9,4 @@ from .view import LayerView
 
 def score(view: LayerView) -> torch.Tensor:
     """Minus the norm of each key."""
-    return -view.key.float().norm(dim=-1)
+    return -torch.linalg.vector_norm(view.key.float(), dim=-1)

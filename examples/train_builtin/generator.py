@@ -1,0 +1,137 @@
+"""RAG conversations: passages, questions, answers, as text and as token ids."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from itertools import islice
+
+from tokenizers import Tokenizer
+
+from .questions import Turn, easy_turns, make_turns
+from .scenes import Scene, SceneOptions, make_scene
+
+SYSTEM = "Answer the question using only the passages."
+_OTHER_SYSTEMS = (
+    None,
+    None,
+    None,
+    "You are a helpful assistant.",
+    "Use the passages.",
+    "Answer briefly.",
+    "Answer from the passages and keep it short.",
+)
+CHARACTERS_PER_TOKEN = 2.9  # of fact-rich passages under the bundled tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """A scene with the questions asked about it."""
+
+    system: str | None
+    scene: Scene
+    turns: list[Turn]
+    bare: list[bool]  # whether a follow-up turn leaves out the word "Question:"
+
+    def messages(self, turns: int) -> list[dict[str, str]]:
+        """Chat messages up to and with question `turns`, whose answer is left out."""
+        messages = [{"role": "system", "content": self.system}] if self.system else []
+        for number, turn in enumerate(self.turns[:turns]):
+            messages.append({"role": "user", "content": self.user_text(number)})
+            if number < turns - 1:
+                messages.append({"role": "assistant", "content": turn.answer})
+        return messages
+
+    def user_text(self, number: int) -> str:
+        """The user's message of a turn; the first one holds the passages."""
+        turn = self.turns[number]
+        if number == 0:
+            return user_message(self.scene.passages, turn.question)
+        return turn.question if self.bare[number] else f"Question: {turn.question}"
+
+
+def user_message(passages: list[str], question: str) -> str:
+    """Numbered passages, then the question: the bundled prompt format."""
+    parts = [f"[{number}] {text}" for number, text in enumerate(passages, 1)]
+    return "\n\n".join([*parts, f"Question: {question}"])
+
+
+def make_conversation(
+    rng: random.Random, options: SceneOptions, most_turns: int, corpus: list[str]
+) -> Conversation:
+    """A scene with up to `most_turns` questions."""
+    while True:
+        scene = make_scene(rng, options, corpus)
+        makers = (
+            easy_turns(rng, scene) if options.easy else make_turns(rng, scene, options.held_out)
+        )
+        turns = list(islice(makers, most_turns))
+        if turns:
+            break
+    short = options.characters < 300
+    system = SYSTEM if rng.random() < (0.2 if short else 0.7) else rng.choice(_OTHER_SYSTEMS)
+    return Conversation(system, scene, turns, [rng.random() < 0.1 for _ in turns])
+
+
+def segments(conversation: Conversation) -> list[str]:
+    """Text cut before and after each answer: prompt, answer, prompt, answer, ...
+
+    Joined, they equal the chat template's text; each answer ends with `<|im_end|>`.
+    """
+    parts: list[str] = []
+    lead = f"<|im_start|>system\n{conversation.system}<|im_end|>\n" if conversation.system else ""
+    for number, turn in enumerate(conversation.turns):
+        text = conversation.user_text(number)
+        parts.append(f"{lead}<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n")
+        parts.append(f"{turn.answer}<|im_end|>")
+        lead = "\n"
+    return parts
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A training row: ids, and for each answer its type and where it lies."""
+
+    ids: list[int]
+    answers: list[tuple[str, int, int]]  # type, start, end
+
+
+def _context_share(length: int) -> tuple[float, float]:
+    """How much of a row the passages take; short rows still need room for questions."""
+    if length <= 256:
+        return 0.15, 0.4
+    if length <= 512:
+        return 0.25, 0.6
+    return (0.3, 0.75) if length <= 1024 else (0.4, 0.85)
+
+
+def make_row(
+    rng: random.Random,
+    tokenizer: Tokenizer,
+    corpus: list[str],
+    length: int,
+    held_out: bool,
+    easy: bool = False,
+) -> Row:
+    """One conversation of at most `length` tokens with at least one answer."""
+    while True:
+        share = rng.uniform(*_context_share(length))
+        size = int(length * share * CHARACTERS_PER_TOKEN)
+        options = SceneOptions(characters=size, held_out=held_out)
+        if easy:
+            options = SceneOptions(size, held_out, True, 0.0, False, easy=True)
+        most_turns = 3 + int(length * (1 - share) / 22)
+        conversation = make_conversation(rng, options, most_turns, corpus)
+        encoded = tokenizer.encode_batch_fast(segments(conversation), add_special_tokens=False)
+        ids: list[int] = []
+        answers: list[tuple[str, int, int]] = []
+        for turn, prompt, answer in zip(
+            conversation.turns, encoded[::2], encoded[1::2], strict=True
+        ):
+            if len(ids) + len(prompt.ids) + len(answer.ids) > length:
+                break
+            ids += prompt.ids
+            answers.append((turn.type, len(ids), len(ids) + len(answer.ids)))
+            ids += answer.ids
+        if answers:
+            return Row(ids, answers)

@@ -1,0 +1,106 @@
+"""Evaluation items on held-out names: hard to guess, in prompts of a fixed size."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+from tokenizers import Tokenizer
+
+from .facts import Fact
+from .generator import SYSTEM, user_message
+from .questions import (
+    MAKERS,
+    Turn,
+    index_scene,
+    one_fact,
+    unanswerable,
+)
+from .scenes import Scene, SceneOptions, make_scene
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One row of the accuracy table."""
+
+    name: str
+    type: str
+    tokens: int
+    facts: int  # at least this many in the prompt
+    fragments: bool = False
+    passages: bool = True  # without them: the no-context baseline
+
+
+CELLS = (
+    Cell("one-fact, 500 tokens", "one-fact", 500, 15),
+    Cell("one-fact, 1,000 tokens", "one-fact", 1000, 25),
+    Cell("one-fact, 2,000 tokens", "one-fact", 2000, 40),
+    Cell("one-fact, 500 tokens, fragments", "one-fact", 500, 15, fragments=True),
+    Cell("two-fact, 500 tokens", "two-fact", 500, 15),
+    Cell("all-values, 500 tokens", "all-values", 500, 15),
+    Cell("two-hop, 500 tokens", "two-hop", 500, 15),
+    Cell("which passage, 500 tokens", "which", 500, 15),
+    Cell("unanswerable, 500 tokens", "unanswerable", 500, 15),
+    Cell("quotation, 500 tokens", "quotation", 500, 0),
+    Cell("one-fact, no passages (baseline)", "one-fact", 500, 15, passages=False),
+)
+LEAST_SAME, LEAST_OTHER = 8, 4  # facts of the asked attribute; others about things of its kind
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """A prompt with one question and its answer."""
+
+    messages: list[dict[str, str]]
+    turn: Turn
+    tokens: int
+    facts: int
+
+
+def is_hard(scene: Scene, fact: Fact) -> bool:
+    """Enough facts of the asked attribute, and enough others about things of the asked kind."""
+    kinds = [s.fact.attribute for s in scene.stated if s.fact.attribute.kind == fact.attribute.kind]
+    same = sum(attribute is fact.attribute for attribute in kinds)
+    return same >= LEAST_SAME and len(kinds) - same >= LEAST_OTHER
+
+
+def draw_turn(rng: random.Random, scene: Scene, cell: Cell, distant: bool) -> Turn | None:
+    """A question of the cell's type, or None where this scene has none."""
+    index = index_scene(scene)
+    if cell.type == "unanswerable":
+        return unanswerable(rng, index, held_out=True)
+    if cell.type != "one-fact":
+        return MAKERS[cell.type][1](rng, index)
+    hard = [s for s in index.single if is_hard(scene, s.fact)]
+    if not hard:
+        return None
+    chosen = rng.choice(hard)
+    turn = one_fact(rng, index_scene(Scene(stated=[chosen])), distant)
+    return turn if turn and turn.distant == distant else None
+
+
+def make_items(
+    cell: Cell, count: int, seed: int, corpus: list[str], tokenizer: Tokenizer
+) -> list[Item]:
+    """`count` items, half of them sharing only the entity's name with their fact."""
+    rng = random.Random(f"{seed}/{cell.name}")
+    items: list[Item] = []
+    while len(items) < count:
+        size = int(cell.tokens * rng.uniform(2.4, 3.2))
+        # a chain or a list needs several attributes, the other questions many of the same
+        focus = cell.type in ("one-fact", "which", "unanswerable")
+        share = rng.uniform(0.3, 0.6) if cell.type == "quotation" else rng.uniform(0.0, 0.5)
+        options = SceneOptions(size, True, focus, share, cell.fragments)
+        scene = make_scene(rng, options, corpus)
+        turn = draw_turn(rng, scene, cell, distant=len(items) % 2 == 0)
+        if turn is None or len(scene.stated) < cell.facts:
+            continue
+        content = user_message(scene.passages, turn.question)
+        tokens = len(tokenizer.encode(content).ids)
+        if not 0.88 * cell.tokens <= tokens <= 1.08 * cell.tokens:
+            continue
+        if not cell.passages:
+            content = f"Question: {turn.question}"
+        messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": content}]
+        items.append(Item(messages, turn, tokens, len(scene.stated)))
+    return items
