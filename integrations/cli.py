@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from ..core.config import Generation, Quantization, SpecPC
+from ..core.config import Generation, Method, Quantization, SpecKV, SpecKVPC, SpecPC
 from ..core.errors import DraftSieveError, PromptError
 from .cli_options import build_parser
 from .html_view import render_html
@@ -66,7 +66,7 @@ def ask(arguments: argparse.Namespace) -> None:
     from ..core.engine import Engine
 
     passages = _retrieve(arguments.docs, arguments.question, arguments.top_k)
-    method = _specpc(arguments) if arguments.method == "specpc" else None
+    method = _method(arguments)
     engine = Engine.load(
         arguments.target,
         arguments.draft if method else None,
@@ -140,7 +140,7 @@ def _stream(
     engine: Engine,
     arguments: argparse.Namespace,
     passages: Sequence[Passage],
-    method: SpecPC | None,
+    method: Method | None,
 ) -> Answer:
     """Print the answer as it comes; the last chunk carries the whole of it."""
     answer: Answer | None = None
@@ -197,6 +197,20 @@ def _reassemble(text: str, passages: Sequence[Passage], context: CompressedConte
             result += text[first:last] if place == previous + 1 else "\n\n"
         result, previous = result + passage.text, place
     return result
+
+
+def _method(arguments: argparse.Namespace) -> Method | None:
+    """What `--method` and the budget ask for; a cascade's first stage gets twice the budget."""
+    capacity, ratio = arguments.capacity, arguments.ratio
+    if arguments.method == "speckv":
+        return SpecKV(capacity=capacity, ratio=ratio)
+    if arguments.method == "speckv-pc":
+        if ratio is not None:
+            first = SpecPC(ratio=min(1.0, 2 * ratio), unit=arguments.unit, lookahead_tokens=8)
+            return SpecKVPC(specpc=first, speckv=SpecKV(ratio=max(ratio, 0.5)))
+        first = SpecPC(capacity=2 * (capacity or 512), unit=arguments.unit, lookahead_tokens=8)
+        return SpecKVPC(specpc=first, speckv=SpecKV(capacity=capacity))
+    return _specpc(arguments) if arguments.method == "specpc" else None
 
 
 def _specpc(arguments: argparse.Namespace) -> SpecPC:

@@ -42,9 +42,10 @@ def build_parser(ask: Command, compress: Command) -> argparse.ArgumentParser:
     line.add_argument("--docs", type=Path, required=True, metavar="FOLDER", help="documents")
     line.add_argument(
         "--method",
-        choices=("specpc", "none"),
+        choices=("specpc", "speckv", "speckv-pc", "none"),
         default="specpc",
-        help="compress the prompt, or not (default: specpc)",
+        help="compress the prompt (specpc, the default), evict from the target's cache (speckv), "
+        "both, or nothing",
     )
     line.add_argument(
         "--target",
@@ -81,7 +82,7 @@ def _add_common(line: argparse.ArgumentParser, *, quantised: str) -> None:
         "--capacity",
         type=_positive,
         metavar="N",
-        help="whole prompt in draft tokens (default: 1024)",
+        help="whole prompt in draft tokens (default: 1024), or cache entries (default: 512)",
     )
     budget.add_argument(
         "--ratio", type=_share, metavar="R", help="share of the passage tokens to keep, in (0, 1]"

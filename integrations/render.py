@@ -75,6 +75,11 @@ def show_costs(console: Console, answer: Answer) -> None:
         style="dim",
         soft_wrap=True,
     )
+    if usage.cache_entries is not None:
+        kept = f"cache entries a head: {usage.prompt_tokens} → {usage.cache_entries}"
+        console.print(
+            f"{kept}, the draft guessed: {printable(answer.lookahead or '')}", style="dim"
+        )
     console.print(f"seconds: {stages(answer.timings)}", style="dim", soft_wrap=True)
 
 
@@ -131,7 +136,9 @@ def answer_json(question: str, passages: Sequence[Passage], answer: Answer) -> d
             "original_prompt_tokens": usage.original_prompt_tokens,
             "prompt_tokens": usage.prompt_tokens,
             "completion_tokens": usage.completion_tokens,
+            "cache_entries": usage.cache_entries,
         },
+        "lookahead": answer.lookahead,
         "seconds": dict(answer.timings),
         "compression": context_json(answer.context) if answer.context else None,
         "sources": sources_json(passages, answer.context),

@@ -144,6 +144,19 @@ def test_ask_without_compression_needs_no_draft(
     assert "spans" not in result["sources"][0]
 
 
+@pytest.mark.parametrize("method", ["speckv", "speckv-pc"])
+def test_the_cache_can_be_evicted(
+    method: str, ask: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = run_json([*ask, "--method", method], capsys)
+    usage = result["usage"]
+    assert usage["cache_entries"] < usage["prompt_tokens"]
+    assert result["lookahead"]
+    assert (result["compression"] is not None) == (method == "speckv-pc")
+    assert cli.main([*ask, "--method", method]) == 0
+    assert "cache entries a head" in capsys.readouterr().out
+
+
 def test_a_terminal_gets_the_same_answer_streamed_and_highlights(
     ask: list[str], capsys: pytest.CaptureFixture[str], as_terminal: None
 ) -> None:

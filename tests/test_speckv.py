@@ -15,6 +15,7 @@ from draftsieve import Engine, Generation, Prompt, SpecKV, SpecKVPC, SpecPC
 from draftsieve.core.cache import EvictedLayer, cache_bytes
 from draftsieve.core.decode import next_tokens
 from draftsieve.core.errors import BudgetError, ModelError
+from draftsieve.core.kv_scorers import SCORERS
 from draftsieve.core.speckv import evict
 from draftsieve.core.types import PromptTokens
 
@@ -260,3 +261,74 @@ def test_options_and_models_that_cannot() -> None:
         Engine(tiny_model(64, seed=2), tiny_tokenizer()).answer(
             QUESTION, TEXTS, method=SpecKV(ratio=0.5)
         )
+
+
+@pytest.mark.parametrize("name", sorted(set(SCORERS) - {"speckv"}))
+def test_baseline_scorers_need_no_draft_and_keep_exactly_the_capacity(name: str) -> None:
+    model = families.build("llama", "sdpa")
+    prompts = [families.ids(n, seed=n)[0] for n in (70, 90)]
+    options = SpecKV.model_validate({"scorer": name, "window_size": 4})
+    nothing = torch.tensor([], dtype=torch.int64)
+    both = evict(model, prompts, [nothing, nothing], options, [30, 30])
+    for row, prompt in enumerate(prompts):
+        alone = evict(model, [prompt], [nothing], options, [30])
+        for layer, (found, expected) in enumerate(zip(both.kept, alone.kept, strict=True)):
+            assert (found[row] - both.pads[row]).tolist() == expected[0].tolist(), layer
+            for head in expected[0].tolist():
+                assert len(set(head)) == 30
+                assert set(range(len(prompt) - 5, len(prompt) - 1)) <= set(head)
+    engine = Engine(tiny_model(64, seed=2), tiny_tokenizer())
+    method = SpecKV.model_validate({"scorer": name, "ratio": 0.5})
+    answer = engine.answer(QUESTION, TEXTS, method=method, generation=SHORT)
+    assert answer.usage.completion_tokens == 10
+    ids = families.ids(80)
+    traced = Engine(model, None).trace(ids, SpecKV.model_validate({"scorer": name, "capacity": 40}))
+    assert [len(head) for layer in traced.kept_kv_indices for head in layer] == [40] * 8
+
+
+def test_baseline_scores_against_plain_attention() -> None:
+    """H2O, TOVA and SnapKV from full attention matrices of an eager pass."""
+    model, prompt = families.build("llama", "eager"), families.ids(300)[0]
+    with torch.no_grad():
+        whole = model(input_ids=prompt.unsqueeze(0), output_attentions=True).attentions
+    nothing = torch.tensor([], dtype=torch.int64)
+    for name in ("h2o", "tova", "snapkv"):
+        options = SpecKV.model_validate({"scorer": name, "window_size": 8, "pool": None})
+        done = evict(model, [prompt], [nothing], options, [100])
+        for layer, attention in enumerate(whole):
+            grouped = attention[0].view(2, 2, 300, 300)  # (kv_heads, group, queries, keys)
+            expected = {
+                "h2o": grouped.sum(dim=(1, 2)),
+                "tova": attention[0, :, -1].mean(0).expand(2, -1),
+                "snapkv": grouped[:, :, -9:].amax(dim=(1, 2)),
+            }[name]
+            rivals = 300 - 8 - 1
+            torch.testing.assert_close(
+                done.scores[layer][0, :, :rivals], expected[:, :rivals], rtol=1e-4, atol=1e-6
+            )
+
+
+def test_streaming_keeps_sinks_and_the_newest() -> None:
+    done = evict(
+        families.build("llama", "sdpa"),
+        [families.ids(60)[0]],
+        [torch.tensor([], dtype=torch.int64)],
+        SpecKV(scorer="streaming", window_size=4),
+        [20],
+    )
+    for layer in done.kept:
+        for head in layer[0]:
+            assert head.tolist() == [0, 1, 2, 3, *range(43, 59)]
+
+
+def test_random_entries_follow_the_seed() -> None:
+    kept = {}
+    for seed in (0, 0, 1):
+        options = SpecKV(scorer="random", window_size=4, seed=seed)
+        nothing = torch.tensor([], dtype=torch.int64)
+        done = evict(
+            families.build("llama", "sdpa"), [families.ids(60)[0]], [nothing], options, [20]
+        )
+        found = [layer.tolist() for layer in done.kept]
+        assert kept.setdefault(seed, found) == found
+    assert kept[0] != kept[1]

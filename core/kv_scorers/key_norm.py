@@ -9,4 +9,5 @@ from .view import LayerView
 
 def score(view: LayerView) -> torch.Tensor:
     """Minus the norm of each key."""
-    return -torch.linalg.vector_norm(view.key.float(), dim=-1)
+    norms: torch.Tensor = torch.linalg.vector_norm(view.key.float(), dim=-1)
+    return -norms

@@ -179,12 +179,12 @@ def quotation(rng: random.Random, index: _Index) -> Turn | None:
 
 
 MAKERS: dict[str, tuple[float, Callable[[random.Random, _Index], Turn | None]]] = {
-    "one-fact": (0.55, one_fact),
+    "one-fact": (0.62, one_fact),
     "two-fact": (0.08, two_facts),
     "all-values": (0.07, all_values),
     "two-hop": (0.09, two_hop),
     "which": (0.06, which_passage),
-    "quotation": (0.07, quotation),
+    "quotation": (0.04, quotation),
 }
 
 
