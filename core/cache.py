@@ -8,6 +8,7 @@ it what to keep, so no two layers hold their full keys and values at once.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,15 +21,19 @@ from .errors import ModelError
 class EvictedLayer(DynamicLayer):
     """Keys and values of chosen prompt positions, (batch, kv_heads, slots, head_dim) each."""
 
-    def __init__(self) -> None:
+    def __init__(self, before: tuple[torch.Tensor, torch.Tensor] | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.reading = True  # the prompt goes by; nothing is stored
+        self.before = before  # keys and values of what was read earlier
         self.hidden = 0  # seen tokens that hold no slot
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Pass the prompt through; later append as usual."""
+        if self.reading and self.before is not None:
+            keys, values = (part.to(key_states.device) for part in self.before)
+            return torch.cat([keys, key_states], dim=2), torch.cat([values, value_states], dim=2)
         if self.reading:
             return key_states, value_states
         keys, values = super().update(key_states, value_states, *args, **kwargs)
@@ -51,18 +56,18 @@ class EvictedLayer(DynamicLayer):
         where = indices.unsqueeze(-1).expand(-1, -1, -1, values.shape[-1])
         self.values = values.gather(2, where)
         self.hidden = seen - indices.shape[-1]
-        self.reading = False
+        self.reading, self.before = False, None
 
     def get_seq_length(self) -> int:
         """Logical length: tokens seen, kept or not."""
         if self.reading or self.keys is None:
-            return 0
+            return 0 if self.before is None else int(self.before[0].shape[2])
         return self.hidden + int(self.keys.shape[-2])
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """(physical length, offset): the slots are the newest positions of the mask."""
         if self.reading or self.keys is None:
-            return query_length, 0
+            return self.get_seq_length() + query_length, 0
         return int(self.keys.shape[-2]) + query_length, self.hidden
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -81,25 +86,43 @@ class EvictedLayer(DynamicLayer):
         self.reading, self.hidden = True, 0
 
 
-def evicting_cache(model: PreTrainedModel) -> Cache:
+def evicting_cache(
+    model: PreTrainedModel, before: Sequence[tuple[torch.Tensor, torch.Tensor]] | None = None
+) -> Cache:
     """A cache whose layers all wait to be told what to keep.
+
+    Args:
+        model: The target.
+        before: Per layer the keys and values (1, kv_heads, tokens, head_dim) of tokens that were
+            read earlier; they are not changed.
 
     Raises:
         ModelError: A layer is not plain full attention.
     """
+    require_full_attention(model)
     cache = DynamicCache(config=model.config)
-    kinds = {type(layer).__name__ for layer in cache.layers} - {"DynamicLayer"}
-    if kinds or not cache.layers:
+    count = len(cache.layers)
+    cache.layers = [EvictedLayer(None if before is None else before[i]) for i in range(count)]
+    return cache
+
+
+def require_full_attention(model: PreTrainedModel) -> None:
+    """Raise `ModelError` where a layer is not plain full attention."""
+    layers = DynamicCache(config=model.config).layers
+    kinds = {type(layer).__name__ for layer in layers} - {"DynamicLayer"}
+    if kinds or not layers:
         raise ModelError(
             f"SpecKV evicts full-attention layers, but this model's cache has {sorted(kinds)}: "
             "sliding-window and linear-attention layers are not supported yet. Use SpecPC."
         )
-    cache.layers = [EvictedLayer() for _ in cache.layers]
-    return cache
+
+
+def full_states(cache: Cache) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Keys and values (batch, kv_heads, tokens, head_dim) of every full-attention layer."""
+    layers = [layer for layer in cache.layers if isinstance(layer, DynamicLayer)]
+    return [(la.keys, la.values) for la in layers if la.keys is not None and la.values is not None]
 
 
 def cache_bytes(cache: Cache) -> int:
     """Bytes of storage that a cache's tensors keep alive."""
-    layers = [layer for layer in cache.layers if isinstance(layer, DynamicLayer)]
-    tensors = [t for layer in layers for t in (layer.keys, layer.values) if t is not None]
-    return sum(t.untyped_storage().nbytes() for t in tensors)
+    return sum(t.untyped_storage().nbytes() for pair in full_states(cache) for t in pair)

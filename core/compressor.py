@@ -19,10 +19,12 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .config import Generation, Quantization, SpecPC
-from .draft import guess, read_draft
+from .draft import read_draft
 from .encoding import PromptEncoder
 from .errors import BudgetError, ModelError, PromptError
 from .kept import fit, rank_units, scored_spans
+from .lookahead import greedy
+from .memory import Memory
 from .models import context_window, explain_out_of_memory, load_model
 from .prompt import DEFAULT_SYSTEM, Prompt
 from .specpc import token_budget
@@ -176,8 +178,13 @@ class Compressor:
             tokens = self.encoder.encode(prompt)
             return prompt, _unchanged(prompt, tokens, fallback=f"{type(error).__name__}: {error}")
 
-    def guess(self, prompt: Prompt, tokens: int) -> torch.Tensor:
+    def guess(self, prompt: Prompt, tokens: int, memory: Memory | None = None) -> torch.Tensor:
         """The draft's greedy answer to a prompt, (guessed,) int64 ids of the draft's tokenizer.
+
+        Args:
+            prompt: Messages and passages.
+            tokens: Most tokens of the answer.
+            memory: What the draft already knows of the prompt's beginning.
 
         Raises:
             PromptError: The prompt exceeds the draft's window.
@@ -190,7 +197,9 @@ class Compressor:
                 "cannot guess an answer: compress the prompt first (SpecKVPC)."
             )
         room = tokens if window is None else min(tokens, window - ids.numel())
-        return guess(self.model, ids.unsqueeze(0), room)[0]
+        if memory is not None:
+            return greedy(self.model, ids, room, memory.start(self.model, ids))
+        return greedy(self.model, ids, room)
 
     def count_tokens(self, text: str) -> int:
         """Tokens of a text under the draft's tokenizer, without special tokens."""

@@ -18,9 +18,10 @@ from .compressor import Compressor, OnError
 from .config import Generation, Method, Quantization, SpecPC
 from .encoding import PromptEncoder
 from .errors import ModelError, PromptError
-from .models import context_window, load_model
+from .models import context_window, explain_out_of_memory, load_model
 from .pipeline import Pipeline
 from .prompt import DEFAULT_SYSTEM, Prompt
+from .session import Session, load_session, open_session
 from .tracing import trace
 from .types import Answer, Chunk, CompressedContext, Passage, Trace
 
@@ -245,14 +246,7 @@ class Engine:
     ) -> Iterator[Chunk]:
         """`generate` piece by piece; the last chunk carries the `Answer`. Close it to cancel."""
         options = generation or Generation()
-        pipeline = self._need_pipeline()
-        request = pipeline.prepare(prompt, method, options, on_error)
-        text = ""
-        for (piece,) in pipeline.decode([request], options):
-            if piece:
-                text += piece
-                yield Chunk(piece)
-        yield Chunk("", request.answer(text))
+        return self._need_pipeline().stream(prompt, method, options, on_error)
 
     async def agenerate(self, prompt: Prompt, **options: Any) -> Answer:
         """`generate` without blocking the event loop, as `aanswer`; takes the same options."""
@@ -277,6 +271,26 @@ class Engine:
             .need_compressor()
             .compress(question, passages, method, system=system, on_error=on_error)
         )
+
+    def session(
+        self, passages: Sequence[str | Passage], *, system: str | None = DEFAULT_SYSTEM
+    ) -> Session:
+        """Read documents once, ask many questions (see `Session`).
+
+        Args:
+            passages: The documents; their keys and values stay on the CPU, outside any cache.
+            system: System text in front of them.
+
+        Raises:
+            PromptError: There is nothing to read, or more than the target's window holds.
+            ModelError: A layer of a model is not plain full attention.
+        """
+        with explain_out_of_memory(target=self.target, draft=self.draft):
+            return open_session(self._need_pipeline(), passages, system, self.model_name)
+
+    def load_session(self, path: str | Path) -> Session:
+        """Open what `Session.save` wrote; the same target must be loaded."""
+        return load_session(self._need_pipeline(), path, self.model_name)
 
     def trace(
         self, input_ids: torch.Tensor, method: Method | None = None, max_new_tokens: int = 16

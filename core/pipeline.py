@@ -15,11 +15,12 @@ from .draft import end_token_ids
 from .encoding import PromptEncoder
 from .errors import NO_DRAFT, BudgetError, ModelError, PromptError
 from .lookahead import look_ahead
+from .memory import Memory
 from .models import context_window, explain_out_of_memory
 from .prompt import Prompt
 from .speckv import evict, token_capacity
 from .tracing import stages
-from .types import Answer, CompressedContext, PromptTokens, Usage
+from .types import Answer, Chunk, CompressedContext, PromptTokens, Usage
 
 MAX_LOOKAHEAD = 256  # tokens that the draft guesses at most unless the method says otherwise
 
@@ -34,6 +35,7 @@ class Request:
     clock: Clock
     row: RowText
     eviction: EvictionPlan | None
+    memory: Memory | None  # of the prompt's beginning; requests with one run alone
 
     @property
     def protected(self) -> torch.Tensor:
@@ -83,6 +85,14 @@ def _protected_entries(tokens: PromptTokens, method: SpecKV, capacity: int) -> t
     return tokens.protected
 
 
+@dataclass(frozen=True, slots=True)
+class Memories:
+    """What both models know of a session's documents."""
+
+    target: Memory
+    draft: Memory | None
+
+
 class Pipeline:
     """Runs requests through a target and, where a method asks for it, a draft.
 
@@ -109,8 +119,30 @@ class Pipeline:
             theirs is None or theirs is tokenizer or (theirs.get_vocab() == tokenizer.get_vocab())
         )
 
+    def stream(
+        self,
+        prompt: Prompt,
+        method: Method | None,
+        options: Generation,
+        on_error: OnError,
+        memories: Memories | None = None,
+    ) -> Iterator[Chunk]:
+        """One request piece by piece; the last chunk carries the answer."""
+        request = self.prepare(prompt, method, options, on_error, memories)
+        text = ""
+        for (piece,) in self.decode([request], options):
+            if piece:
+                text += piece
+                yield Chunk(piece)
+        yield Chunk("", request.answer(text))
+
     def prepare(
-        self, prompt: Prompt, method: Method | None, options: Generation, on_error: OnError
+        self,
+        prompt: Prompt,
+        method: Method | None,
+        options: Generation,
+        on_error: OnError,
+        memories: Memories | None = None,
     ) -> Request:
         """Compress and encode one prompt, and let the draft guess where the method needs it."""
         specpc, speckv = stages(method)
@@ -135,9 +167,10 @@ class Pipeline:
         eviction = None
         if speckv is not None:
             with clock("draft"):
-                eviction = self._plan_eviction(shorter, tokens, context, speckv, options)
+                eviction = self._plan_eviction(shorter, tokens, context, speckv, options, memories)
         row = self._row(len(tokens), options)
-        return Request(tokens.ids, len(original), context, clock, row, eviction)
+        memory = None if memories is None else memories.target
+        return Request(tokens.ids, len(original), context, clock, row, eviction, memory)
 
     def _plan_eviction(
         self,
@@ -146,6 +179,7 @@ class Pipeline:
         context: CompressedContext | None,
         method: SpecKV,
         options: Generation,
+        memories: Memories | None,
     ) -> EvictionPlan | None:
         """The draft's guessed answer in the target's tokens; None where all entries fit."""
         fixed = int(tokens.protected.sum()) if len(prompt.passages) else 0
@@ -155,7 +189,7 @@ class Pipeline:
         protected = _protected_entries(tokens, method, capacity)
 
         def draft(wanted: int) -> torch.Tensor:
-            return self._draft_guess(prompt, context, wanted)
+            return self._draft_guess(prompt, context, wanted, memories)
 
         wanted = method.lookahead_tokens or min(options.max_new_tokens, MAX_LOOKAHEAD)
         with explain_out_of_memory(**self._models), torch.no_grad():
@@ -167,14 +201,19 @@ class Pipeline:
         return EvictionPlan(method, capacity, guessed[:room], text, protected)
 
     def _draft_guess(
-        self, prompt: Prompt, context: CompressedContext | None, wanted: int
+        self,
+        prompt: Prompt,
+        context: CompressedContext | None,
+        wanted: int,
+        memories: Memories | None,
     ) -> torch.Tensor:
         """The draft's answer in the target's tokens: what SpecPC already has, or a new one."""
         compressor = self.need_compressor()
         if context is not None and context.lookahead_ids:
             guessed = torch.tensor(context.lookahead_ids)
         else:
-            guessed = compressor.guess(prompt, wanted)
+            memory = None if memories is None else memories.draft
+            guessed = compressor.guess(prompt, wanted, memory)
         if self._same_tokens:
             return guessed
         text = str(compressor.tokenizer.decode(guessed.tolist(), skip_special_tokens=True))
@@ -231,7 +270,10 @@ class Pipeline:
                     for p, q in zip(prompts, plans, strict=True)
                 ],
                 [request.protected for request in requests],
+                requests[0].memory,
             ).start
+        elif requests[0].memory is not None:
+            start = requests[0].memory.start(self.target, prompts[0])
         yield from decode_text(self.target, prompts, options, rows, start)
 
     def need_compressor(self) -> Compressor:

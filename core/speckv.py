@@ -20,6 +20,7 @@ from .capture import observing, visible_keys
 from .config import SpecKV
 from .decode import Start, pad_left
 from .kv_scorers import SCORERS, LayerView
+from .memory import Memory
 from .scoring import attention_probabilities
 
 
@@ -41,6 +42,7 @@ def evict(
     options: SpecKV,
     capacities: Sequence[int],
     protected: Sequence[torch.Tensor] | None = None,
+    memory: Memory | None = None,
 ) -> Eviction:
     """Prefill a target and keep a number of KV entries per layer and KV head.
 
@@ -54,6 +56,7 @@ def evict(
         options: Window, kernel, pooling and reduction.
         capacities: C of each row, window included. Below the window the newest C are kept.
         protected: (tokens,) bool each, entries that always stay; at most C of them.
+        memory: What the target already knows of a single prompt's beginning.
     """
     ids, mask = pad_left(prompts, model.device)  # (batch, columns)
     guess, guess_mask = _pad_right(lookaheads, model.device)
@@ -65,13 +68,16 @@ def evict(
     evictor = _Evictor(padding.bool(), columns, lengths, slots, options)
     if protected is not None:
         evictor.protect(pad_left([row.long() for row in protected], model.device)[0].bool())
-    cache = evicting_cache(model)
-    evictor.cache = cache
+    known = 0  # the observing rows are always read anew
+    if memory is not None and len(prompts) == 1:
+        known = memory.shared(prompts[0].cpu(), leave=min(options.window_size + 1, columns))
+    cache = evicting_cache(model, None if memory is None or not known else memory.part(known))
+    evictor.cache, evictor.begin = cache, known
     with torch.no_grad(), observing(model, evictor):
         model.get_decoder()(
-            input_ids=torch.cat([ids, guess], dim=1),
+            input_ids=torch.cat([ids, guess], dim=1)[:, known:],
             attention_mask=padding,
-            position_ids=(padding.cumsum(-1) - 1).clamp(min=0),
+            position_ids=(padding.cumsum(-1) - 1).clamp(min=0)[:, known:],
             past_key_values=cache,
             use_cache=True,
         )
@@ -122,6 +128,7 @@ class _Evictor:
         options: SpecKV,
     ) -> None:
         self.cache: Any = None
+        self.begin = 0  # columns read in an earlier pass
         self.padding, self.columns, self.options = padding, columns, options
         self.scorer = SCORERS[options.scorer]
         self.capacity = int(slots.max())
@@ -162,11 +169,11 @@ class _Evictor:
         assert isinstance(layer, EvictedLayer)
 
         def attention(first: int, last: int) -> torch.Tensor:
-            back = query.shape[2] - first
+            back = self.begin + query.shape[2] - first
             window = kwargs.get("sliding_window")
             view = visible_keys(module, key, mask, self.padding, back, window)
             return attention_probabilities(
-                query[:, :, first:last],
+                query[:, :, first - self.begin : last - self.begin],
                 key,
                 view.visible[:, :, : last - first],
                 kwargs.get("scaling") or query.shape[-1] ** -0.5,
@@ -179,7 +186,8 @@ class _Evictor:
             key=key[:, :, : self.columns],
             real=self.real,
             looks=self.looks,
-            queries=query.shape[2],
+            begin=self.begin,
+            queries=self.begin + query.shape[2],
             reduction=self.options.reduction,
             seed=self.options.seed,
             attention=attention,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 
+from ..errors import ModelError
 from .view import LayerView
 
 BLOCK = 256  # queries
@@ -15,6 +16,8 @@ BLOCK = 256  # queries
 def score(view: LayerView) -> torch.Tensor:
     """Sum of what each key got from every real query at or after it."""
     batch, kv_heads, columns, _ = view.key.shape
+    if view.begin > 0:
+        raise ModelError("h2o needs the attention of all queries: it does not work in a session.")
     total = torch.zeros(batch, kv_heads, columns, device=view.key.device)
     for first in range(0, columns, BLOCK):
         last = min(first + BLOCK, columns)

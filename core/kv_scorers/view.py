@@ -17,14 +17,16 @@ class LayerView:
     Shapes: `key` is (batch, kv_heads, columns, head_dim), prompt columns only; `real` (batch,
     columns) is False at padding; `looks` (batch, rows) says which of the newest `rows` queries
     observe. `attention(first, last)` gives the probabilities of queries first..last-1, counted over
-    prompt and lookahead, as (batch, heads, last - first, columns) float32.
+    prompt and lookahead, as (batch, heads, last - first, columns) float32; queries below `begin`
+    went by in an earlier pass and cannot be asked.
     """
 
     layer: int
     key: torch.Tensor
     real: torch.Tensor
     looks: torch.Tensor
-    queries: int  # of the pass, lookahead included
+    begin: int  # first query of the pass
+    queries: int  # end of the pass, lookahead included
     reduction: Pool
     seed: int
     attention: Callable[[int, int], torch.Tensor]
