@@ -254,8 +254,9 @@ class Compressor:
         return DraftReading(scores, torch.tensor([], dtype=torch.int64))
 
     def _read_once(self, tokens: PromptTokens, method: SpecPC, lookahead: int) -> DraftReading:
+        options = method.model_copy(update={"window_size": _asking(tokens, method.window_size)})
         ids = tokens.ids.unsqueeze(0)
-        reading = read_draft(self.model, ids, method, lookahead_tokens=lookahead)[0]
+        reading = read_draft(self.model, ids, options, lookahead_tokens=lookahead)[0]
         if not bool(torch.isfinite(reading.scores).all()):
             raise ModelError("The draft's attention is not finite; try another dtype (float32).")
         return reading
@@ -317,6 +318,13 @@ class Clock:
         """Add seconds per stage."""
         for stage, more in seconds.items():
             self.seconds[stage] = self.seconds.get(stage, 0.0) + more
+
+
+def _asking(tokens: PromptTokens, window: int) -> int:
+    """At most `window` rows, and none of a passage: only what follows the passages asks."""
+    passages = torch.nonzero(~tokens.protected)
+    tail = len(tokens) - 1 - int(passages[-1]) if len(passages) else len(tokens)
+    return max(1, min(window, tail))
 
 
 def _describe(

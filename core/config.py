@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from .errors import ConfigError
 
 Pool = Literal["max", "mean"]
 Unit = Literal["token", "word", "sentence", "passage"]
@@ -18,6 +20,9 @@ class Options(BaseModel):
     """Base of all options: immutable, unknown names refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+_PRESETS: dict[str, dict[str, Any]] = {"2026-11": {"unit": "sentence"}}
 
 
 def _one_budget(values: object, default: int) -> object:
@@ -38,7 +43,8 @@ class SpecPC(Options):
         capacity: Budget in draft tokens for the whole prompt, 1024 unless `ratio` is given.
         ratio: Budget as a share of the passage tokens, in (0, 1]; excludes `capacity`.
         window_size: Number W of last prompt tokens whose attention rows are read and, in a bare
-            prompt without segments, always kept. Cut to the capacity and to the prompt length.
+            prompt without segments, always kept. Cut to the capacity and to the prompt length;
+            in a prompt with passages, to what follows the last of them (the question).
         kernel_size: Width of the pooling over positions.
         pool: "max", "mean" or None (no pooling).
         reduction: How rows, heads and layers are merged, "max" or "mean".
@@ -73,6 +79,21 @@ class SpecPC(Options):
     @classmethod
     def _one_budget(cls, values: object) -> object:
         return _one_budget(values, 1024)
+
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> SpecPC:
+        """A dated combination that measured better than the paper's on prompts with passages.
+
+        Args:
+            name: "2026-11": whole sentences, ranked by their best token (docs/decisions.md).
+            changes: Options that differ from the preset, such as `ratio=0.3`.
+
+        Raises:
+            ConfigError: There is no such preset, or an option is invalid.
+        """
+        if name not in _PRESETS:
+            raise ConfigError(f"There is no preset {name!r}; there are: {sorted(_PRESETS)}.")
+        return cls.model_validate({**_PRESETS[name], **changes})
 
     @property
     def neighbors(self) -> int:

@@ -7,6 +7,10 @@ class DraftSieveError(Exception):
     """Base class of all draftsieve errors."""
 
 
+class ConfigError(DraftSieveError, ValueError):
+    """An option does not exist."""
+
+
 class PromptError(DraftSieveError, ValueError):
     """The request itself cannot be read: an empty question, a template that drops the text, ..."""
 

@@ -10,8 +10,9 @@ import torch
 from pydantic import ValidationError
 
 from draftsieve import Compressor, Passage, Prompt, SpecPC
+from draftsieve.core import compressor as compressor_module
 from draftsieve.core.compressor import Budget
-from draftsieve.core.errors import BudgetError, ModelNotFoundError, PromptError
+from draftsieve.core.errors import BudgetError, ConfigError, ModelNotFoundError, PromptError
 from draftsieve.core.types import CompressedContext, Segment
 from draftsieve.core.units import sentence_spans, word_spans
 
@@ -152,6 +153,31 @@ def test_options_are_checked_at_construction() -> None:
             SpecPC.model_validate(bad)
     assert SpecPC().capacity == 1024
     assert SpecPC(ratio=0.5).capacity is None
+
+
+def test_presets() -> None:
+    assert SpecPC.preset("2026-11", ratio=0.3) == SpecPC(ratio=0.3, unit="sentence")
+    with pytest.raises(ConfigError, match="there are"):
+        SpecPC.preset("1999-01")
+    with pytest.raises(ValidationError):
+        SpecPC.preset("2026-11", capacity=3, ratio=0.3)
+
+
+def test_only_what_follows_the_passages_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With one wide window, changing the last passage must not change who asks."""
+    compressor, windows = tiny_compressor(), []
+    tokens = compressor.encoder.encode(Prompt.from_question(QUESTION, TEXTS))
+    last = int(torch.nonzero(~tokens.protected)[-1])
+    real = compressor_module.read_draft
+
+    def spy(model, ids, options, **rest):  # type: ignore[no-untyped-def]
+        windows.append(options.window_size)
+        return real(model, ids, options, **rest)
+
+    monkeypatch.setattr(compressor_module, "read_draft", spy)
+    compressor.compress(QUESTION, TEXTS, SpecPC(ratio=0.5, window_size=64))
+    compressor.compress(QUESTION, TEXTS, SpecPC(ratio=0.5, window_size=3))
+    assert windows == [len(tokens) - 1 - last, 3]
 
 
 def test_a_missing_model_is_an_error_at_construction() -> None:
