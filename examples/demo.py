@@ -42,7 +42,7 @@ from draftsieve.retrievers.folder import read_folder
 DATA = Path(__file__).resolve().parent / "data"
 SQUAD = DATA / "squad" / "squad_v1.1_super_bowl_50.json"
 SEED = 2026
-HANDBOOK_TOKENS, HANDBOOK_METHOD = 1500, SpecPC(ratio=0.4)
+HANDBOOK_TOKENS, HANDBOOK_METHOD = 1500, SpecPC.preset("2026-11", ratio=0.3)
 ARTICLE_TOKENS, ARTICLE_RATIO = 1800, 0.25
 SHOWN, HIGHLIGHTED = 8, 2  # questions printed in full, and those with their kept text
 out = Console(markup=False, highlight=False, emoji=False)
@@ -190,7 +190,7 @@ def methods(compressor: Compressor) -> dict[str, Method]:
 
     return {
         "SpecPC": compression(compressor, SpecPC(ratio=ARTICLE_RATIO)),
-        "SpecPC, sentences": compression(compressor, SpecPC(ratio=ARTICLE_RATIO, unit="sentence")),
+        "SpecPC, sentences": compression(compressor, SpecPC.preset("2026-11", ratio=ARTICLE_RATIO)),
         "BM25 sentences": sentences,
         "BM25 passages": passages,
         "truncation": lambda item, budget: truncation_head(texts(item), budget, count),

@@ -90,8 +90,8 @@ def _add_common(line: argparse.ArgumentParser, *, quantised: str) -> None:
     line.add_argument(
         "--unit",
         choices=("token", "word", "sentence", "passage"),
-        default="token",
-        help="what is kept or dropped as a whole (default: token)",
+        default="sentence",
+        help="what is kept or dropped as a whole (default: sentence; the paper keeps tokens)",
     )
     line.add_argument(
         "--top-k", type=_positive, default=5, metavar="K", help="passages (default: %(default)s)"

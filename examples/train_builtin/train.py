@@ -29,7 +29,6 @@ from .model import SHAPES, LeanLlama, decoder_layer, rope_tables
 
 logger = logging.getLogger(__name__)
 WARMUP_STEPS = 100
-DECAY_SHARE = 0.3
 SMOOTHING = 0.95
 COUNTERS = (
     "step",
@@ -102,7 +101,7 @@ class Run:
     def set_rate(self) -> float:
         """Warm up, hold, decay linearly; a new length warms up again for 20 steps."""
         rate = self.options.rate * min(1.0, (self.step + 1) / WARMUP_STEPS)
-        rate *= min(1.0, max(0.01, (1 - self.progress) / DECAY_SHARE))
+        rate *= min(1.0, max(0.01, (1 - self.progress) / self.options.decay))
         for optimiser in self.optimisers:
             for group in optimiser.param_groups:
                 group["lr"] = rate
@@ -279,6 +278,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tokens", type=float, default=0.0, help="token budget")
     parser.add_argument("--batch", type=int, default=8192, help="tokens a step")
     parser.add_argument("--rate", type=float, default=4e-3)
+    parser.add_argument("--decay", type=float, default=0.3, help="share of the budget")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--device", default="cpu")

@@ -57,7 +57,7 @@ class DraftSievePostprocessor(BaseNodePostprocessor):
 
     model: str = "builtin:draft"
     compressor: Compressor | None = Field(default=None, exclude=True, repr=False)
-    method: SpecPC = SpecPC(ratio=0.3)
+    method: SpecPC = SpecPC.preset("2026-11", ratio=0.3)
     system: str | None = DEFAULT_SYSTEM
     on_error: OnError = "original"
     quantization: Quantization | None = None
