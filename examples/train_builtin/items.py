@@ -27,22 +27,25 @@ class Cell:
     type: str
     tokens: int
     facts: int  # at least this many in the prompt
+    most_facts: int  # and at most this many; the rest is natural text
     fragments: bool = False
     passages: bool = True  # without them: the no-context baseline
 
 
 CELLS = (
-    Cell("one-fact, 500 tokens", "one-fact", 500, 15),
-    Cell("one-fact, 1,000 tokens", "one-fact", 1000, 25),
-    Cell("one-fact, 2,000 tokens", "one-fact", 2000, 40),
-    Cell("one-fact, 500 tokens, fragments", "one-fact", 500, 15, fragments=True),
-    Cell("two-fact, 500 tokens", "two-fact", 500, 15),
-    Cell("all-values, 500 tokens", "all-values", 500, 15),
-    Cell("two-hop, 500 tokens", "two-hop", 500, 15),
-    Cell("which passage, 500 tokens", "which", 500, 15),
-    Cell("unanswerable, 500 tokens", "unanswerable", 500, 15),
-    Cell("quotation, 500 tokens", "quotation", 500, 0),
-    Cell("one-fact, no passages (baseline)", "one-fact", 500, 15, passages=False),
+    Cell("one-fact, 500 tokens", "one-fact", 500, 15, 20),
+    Cell("one-fact, 1,000 tokens", "one-fact", 1000, 25, 35),
+    Cell("one-fact, 2,000 tokens", "one-fact", 2000, 40, 60),
+    Cell("one-fact, 500 tokens, fragments", "one-fact", 500, 15, 20, fragments=True),
+    Cell("two-fact, 500 tokens", "two-fact", 500, 15, 20),
+    Cell("all-values, 500 tokens", "all-values", 500, 15, 20),
+    Cell("two-hop, 500 tokens", "two-hop", 500, 15, 20),
+    Cell("which passage, 500 tokens", "which", 500, 15, 20),
+    Cell("unanswerable, 500 tokens", "unanswerable", 500, 15, 20),
+    Cell("quotation, 500 tokens", "quotation", 500, 0, 20),
+    Cell("one-fact, no passages (baseline)", "one-fact", 500, 15, 20, passages=False),
+    Cell("one-fact, 500 tokens, mostly facts", "one-fact", 500, 23, 30),
+    Cell("one-fact, 2,000 tokens, mostly facts", "one-fact", 2000, 80, 120),
 )
 LEAST_SAME, LEAST_OTHER = 8, 4  # facts of the asked attribute; others about things of its kind
 
@@ -86,14 +89,14 @@ def make_items(
     rng = random.Random(f"{seed}/{cell.name}")
     items: list[Item] = []
     while len(items) < count:
-        size = int(cell.tokens * rng.uniform(2.4, 3.2))
+        size = int(cell.tokens * rng.uniform(2.4, 3.8))
         # a chain or a list needs several attributes, the other questions many of the same
         focus = cell.type in ("one-fact", "which", "unanswerable")
-        share = rng.uniform(0.3, 0.6) if cell.type == "quotation" else rng.uniform(0.0, 0.5)
+        share = rng.uniform(0.0, 0.7)
         options = SceneOptions(size, True, focus, share, cell.fragments)
         scene = make_scene(rng, options, corpus)
         turn = draw_turn(rng, scene, cell, distant=len(items) % 2 == 0)
-        if turn is None or len(scene.stated) < cell.facts:
+        if turn is None or not cell.facts <= len(scene.stated) <= cell.most_facts:
             continue
         content = user_message(scene.passages, turn.question)
         tokens = len(tokenizer.encode(content).ids)
