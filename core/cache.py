@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from transformers import Cache, DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from .errors import ModelError
 
@@ -86,6 +86,33 @@ class EvictedLayer(DynamicLayer):
         self.reading, self.hidden = True, 0
 
 
+class NewestLayer(DynamicSlidingWindowLayer):
+    """A sliding-window layer, small by itself, that keeps the prompt's newest tokens only.
+
+    What the target read behind them (the lookahead, the last token) must leave no trace.
+    """
+
+    def __init__(self, sliding_window: int) -> None:
+        super().__init__(sliding_window)
+        self.reading = True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Pass the prompt through; later append as usual."""
+        if self.reading:
+            return key_states, value_states
+        keys, values = super().update(key_states, value_states, *args, **kwargs)
+        return keys, values
+
+    def keep_newest(self, keys: torch.Tensor, values: torch.Tensor, seen: int) -> None:
+        """Store copies of the last window - 1 of the first `seen` tokens; end the reading."""
+        self.lazy_initialization(keys, values)
+        first = max(0, seen - self.sliding_window + 1)
+        self.keys, self.values = keys[:, :, first:seen].clone(), values[:, :, first:seen].clone()
+        self.cumulative_length, self.reading = seen, False
+
+
 def evicting_cache(
     model: PreTrainedModel, before: Sequence[tuple[torch.Tensor, torch.Tensor]] | None = None
 ) -> Cache:
@@ -97,23 +124,41 @@ def evicting_cache(
             read earlier; they are not changed.
 
     Raises:
-        ModelError: A layer is not plain full attention.
+        ModelError: No layer has full attention, or one has neither full nor sliding attention.
     """
-    require_full_attention(model)
     cache = DynamicCache(config=model.config)
-    count = len(cache.layers)
-    cache.layers = [EvictedLayer(None if before is None else before[i]) for i in range(count)]
+    kinds = {type(layer) for layer in cache.layers}
+    strange = sorted(kind.__name__ for kind in kinds - {DynamicLayer, DynamicSlidingWindowLayer})
+    if strange or DynamicLayer not in kinds:
+        raise ModelError(
+            "SpecKV evicts full-attention layers and keeps sliding windows, but this model has "
+            + (f"{strange} too" if strange else "sliding windows only: nothing to evict")
+            + ". Use SpecPC."
+        )
+    states: Sequence[tuple[torch.Tensor, torch.Tensor] | None]
+    states = before or [None] * len(cache.layers)
+    cache.layers = [
+        NewestLayer(layer.sliding_window)
+        if isinstance(layer, DynamicSlidingWindowLayer)
+        else EvictedLayer(state)
+        for layer, state in zip(cache.layers, states, strict=True)
+    ]
     return cache
+
+
+def has_sliding_layers(model: PreTrainedModel) -> bool:
+    """Whether some layers see a window only; their rows cannot be padded apart when evicting."""
+    layers = DynamicCache(config=model.config).layers
+    return any(isinstance(layer, DynamicSlidingWindowLayer) for layer in layers)
 
 
 def require_full_attention(model: PreTrainedModel) -> None:
     """Raise `ModelError` where a layer is not plain full attention."""
-    layers = DynamicCache(config=model.config).layers
-    kinds = {type(layer).__name__ for layer in layers} - {"DynamicLayer"}
-    if kinds or not layers:
+    kinds = {type(layer).__name__ for layer in DynamicCache(config=model.config).layers}
+    if kinds != {"DynamicLayer"}:
         raise ModelError(
-            f"SpecKV evicts full-attention layers, but this model's cache has {sorted(kinds)}: "
-            "sliding-window and linear-attention layers are not supported yet. Use SpecPC."
+            f"Sessions need full attention in every layer, but this model's cache has "
+            f"{sorted(kinds - {'DynamicLayer'})}. Use Engine.answer."
         )
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .cache import has_sliding_layers
 from .compressor import Clock, Compressor, OnError
 from .config import Generation, Method, SpecKV
 from .decode import RowText, decode_text
@@ -230,7 +231,16 @@ class Pipeline:
         )
 
     def decode(self, requests: Sequence[Request], options: Generation) -> Iterator[list[str]]:
-        """Read the prompts and generate as one batch; yields each request's new text."""
+        """Read the prompts and generate as one batch; yields each request's new text.
+
+        Evicted caches of models with sliding windows cannot be padded: those run one by one.
+        """
+        evicts = any(request.eviction is not None for request in requests)
+        if len(requests) > 1 and evicts and has_sliding_layers(self.target):
+            for place, request in enumerate(requests):
+                for (piece,) in self.decode([request], options):
+                    yield [piece if i == place else "" for i in range(len(requests))]
+            return
         prompts = [request.ids for request in requests]
         rows = [request.row for request in requests]
         stage = "prefill"

@@ -15,10 +15,11 @@ import torch
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from .cache import EvictedLayer, evicting_cache
+from .cache import EvictedLayer, NewestLayer, evicting_cache, has_sliding_layers
 from .capture import observing, visible_keys
 from .config import SpecKV
 from .decode import Start, pad_left
+from .errors import ModelError
 from .kv_scorers import SCORERS, LayerView
 from .memory import Memory
 from .scoring import attention_probabilities
@@ -50,7 +51,7 @@ def evict(
     next one; a prompt of at most C + 1 tokens keeps all its entries.
 
     Args:
-        model: The target.
+        model: The target. Sliding-window layers keep their windows; they allow no padding.
         prompts: (tokens,) int64 each, at least 2 tokens.
         lookaheads: (tokens,) int64 each, the draft's guessed answers; may be empty.
         options: Window, kernel, pooling and reduction.
@@ -63,6 +64,11 @@ def evict(
     padding = torch.cat([mask, guess_mask], dim=1)
     columns = ids.shape[1]
     lengths = mask.sum(1)
+    if bool((lengths < columns).any()) and has_sliding_layers(model):
+        raise ModelError(
+            "Prompts of different lengths cannot be evicted as one batch in a model with "
+            "sliding-window layers: give them one by one."
+        )
     limits = torch.tensor(list(capacities), device=mask.device)
     slots = torch.minimum(lengths - 1, limits)  # (batch,) entries each row keeps
     evictor = _Evictor(padding.bool(), columns, lengths, slots, options)
@@ -166,6 +172,11 @@ class _Evictor:
     ) -> None:
         index = int(module.layer_idx)  # type: ignore[arg-type]
         layer = self.cache.layers[index]
+        if isinstance(layer, NewestLayer):
+            layer.keep_newest(key, value, self.columns - 1)
+            self.scores.append(torch.empty(key.shape[0], key.shape[1], 0))
+            self.kept.append(torch.empty(key.shape[0], key.shape[1], 0, dtype=torch.int64))
+            return
         assert isinstance(layer, EvictedLayer)
 
         def attention(first: int, last: int) -> torch.Tensor:

@@ -9,7 +9,8 @@ import pytest
 import torch
 from pydantic import ValidationError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedTokenizerFast
+from transformers.masking_utils import eager_mask
 
 from draftsieve import Engine, Generation, Prompt, SpecKV, SpecKVPC, SpecPC
 from draftsieve.core.cache import EvictedLayer, cache_bytes
@@ -90,8 +91,10 @@ def test_protected_entries_always_stay_and_passages_compete() -> None:
         tiny_engine().answer(QUESTION, TEXTS, method=SpecKV(capacity=20))
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2"])
-@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+EVICTABLE = [case for case in families.CASES if case[0] not in ("mistral", "phi3")]
+
+
+@pytest.mark.parametrize(("name", "implementation"), EVICTABLE)
 def test_decoding_over_kept_entries_equals_a_masked_full_forward(
     name: str, implementation: str
 ) -> None:
@@ -99,32 +102,49 @@ def test_decoding_over_kept_entries_equals_a_masked_full_forward(
     model = families.build(name, implementation)
     prompt = families.ids(70)[0]
     done = evict(model, [prompt], [families.ids(4, seed=9)[0]], SpecKV(window_size=6), [30])
-    kept = [layer[0] for layer in done.kept]  # per layer (kv_heads, 30)
+    kept = [layer[0] for layer in done.kept]  # per layer (kv_heads, 30), or 0 in sliding layers
     found = [t for (t,) in next_tokens(model, [prompt], Generation(max_new_tokens=6), done.start)]
     assert found == _masked_answer(families.build(name, "eager"), prompt, kept, 6)
+
+
+@pytest.mark.parametrize("name", ["gemma3", "qwen3", "gpt_oss"])
+def test_sliding_layers_forget_the_lookahead(name: str) -> None:
+    model = families.build(name, "eager")
+    prompt = families.ids(60)[0]
+    done = evict(model, [prompt], [families.ids(8, seed=5)[0]], SpecKV(window_size=4), [59])
+    found = [t for (t,) in next_tokens(model, [prompt], SHORT, done.start)]
+    assert found == [t for (t,) in next_tokens(model, [prompt], SHORT)]
+    with pytest.raises(ModelError, match="one by one"):
+        evict(model, [prompt, prompt[:40]], [prompt[:2]] * 2, SpecKV(window_size=4), [20, 20])
 
 
 def _masked_answer(
     model: torch.nn.Module, prompt: torch.Tensor, kept: list[torch.Tensor], steps: int
 ) -> list[int]:
     """Greedy answer where queries from the last prompt token on see only kept prompt keys."""
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import eager_mask
-
     size = prompt.numel()
 
-    def masked(module, query, key, value, mask, scaling, **_kwargs):  # type: ignore[no-untyped-def]
+    def masked(  # type: ignore[no-untyped-def]
+        module, query, key, value, mask, scaling, sliding_window=None, softcap=None, s_aux=None, **_
+    ):
         group = query.shape[1] // key.shape[1]
         count = key.shape[2]
         allowed = torch.ones(key.shape[1], count, count).tril().bool()
+        if sliding_window is not None:
+            allowed &= ~torch.ones(count, count).tril(-sliding_window).bool()
         for head, entries in enumerate(kept[module.layer_idx]):
-            blocked = torch.ones(size - 1, dtype=torch.bool)
-            blocked[entries] = False
-            allowed[head, size - 1 :, : size - 1] &= ~blocked
+            if len(entries):
+                blocked = torch.ones(size - 1, dtype=torch.bool)
+                blocked[entries] = False
+                allowed[head, size - 1 :, : size - 1] &= ~blocked
         keys, values = (x.repeat_interleave(group, 1) for x in (key, value))
         logits = query @ keys.transpose(-1, -2) * scaling
+        if softcap is not None:
+            logits = torch.tanh(logits / softcap) * softcap
         logits = logits.masked_fill(~allowed.repeat_interleave(group, 0), float("-inf"))
-        return (logits.softmax(-1) @ values).transpose(1, 2), None
+        if s_aux is not None:
+            logits = torch.cat([logits, s_aux.view(1, -1, 1, 1).expand(*logits.shape[:3], 1)], -1)
+        return (logits.softmax(-1)[..., :count] @ values).transpose(1, 2), None
 
     AttentionInterface.register("masked_reference", masked)
     AttentionMaskInterface.register("masked_reference", eager_mask)
@@ -249,7 +269,7 @@ def test_options_and_models_that_cannot() -> None:
     with pytest.raises(ValidationError, match="must be None"):
         SpecKVPC(speckv=SpecKV(lookahead_tokens=4))
     assert SpecKV().capacity == 512
-    with pytest.raises(ModelError, match="Sliding"):
+    with pytest.raises(ModelError, match="nothing to evict"):
         evict(
             families.build("mistral", "sdpa"),
             [families.ids(50)[0]],
