@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,29 +16,23 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .budget import Budget
+from .clock import Clock
 from .config import Generation, Quantization, SpecPC
+from .context import describe, unchanged
 from .draft import read_draft
 from .encoding import PromptEncoder
-from .errors import BudgetError, ModelError, PromptError
-from .kept import fit, rank_units, scored_spans
+from .errors import ModelError, PromptError
+from .kept import fit, rank_units
 from .lookahead import greedy
 from .memory import Memory
 from .models import context_window, explain_out_of_memory, load_model
 from .prompt import DEFAULT_SYSTEM, Prompt
-from .specpc import token_budget
-from .types import (
-    CompressedContext,
-    CompressionStats,
-    DraftReading,
-    Passage,
-    PassageStats,
-    PromptTokens,
-)
+from .types import CompressedContext, DraftReading, Passage, PromptTokens
 from .windows import group_texts, plan_groups, spread_scores
 
 logger = logging.getLogger(__name__)
 OnError = Literal["raise", "original"]
-Bounds = Sequence[Sequence[tuple[int, int]]]
 
 
 class Compressor:
@@ -176,7 +168,7 @@ class Compressor:
                 raise
             logger.warning("Compression failed, the passages stay whole: %s", error, exc_info=True)
             tokens = self.encoder.encode(prompt)
-            return prompt, _unchanged(prompt, tokens, fallback=f"{type(error).__name__}: {error}")
+            return prompt, unchanged(prompt, tokens, fallback=f"{type(error).__name__}: {error}")
 
     def guess(self, prompt: Prompt, tokens: int, memory: Memory | None = None) -> torch.Tensor:
         """The draft's greedy answer to a prompt, (guessed,) int64 ids of the draft's tokenizer.
@@ -213,7 +205,7 @@ class Compressor:
             tokens = self.encoder.encode(prompt)
             budget = Budget.of(method, tokens)
         if budget.measure(tokens) <= budget.limit:
-            return prompt, _unchanged(prompt, tokens, seconds=clock.seconds, method=method)
+            return prompt, unchanged(prompt, tokens, seconds=clock.seconds, method=method)
         fixed = len(self.encoder.encode(prompt.with_texts([""] * len(prompt.passages))))
         budget.require_room(fixed)
         with clock("draft"):
@@ -233,7 +225,9 @@ class Compressor:
             )
             shorter = prompt.with_texts(kept.texts)
             after = self.encoder.encode(shorter)
-        context = _describe(prompt, shorter, tokens, after, kept.bounds, scores, clock, method)
+        context = describe(
+            prompt, shorter, tokens, after, kept.bounds, scores, clock.seconds, method
+        )
         return shorter, replace(context, lookahead_ids=tuple(reading.lookahead_ids.tolist()))
 
     def _read(
@@ -266,58 +260,7 @@ class Compressor:
         logger.warning("Compression failed, the passages stay whole: %s", error)
         prompt = Prompt.from_question("?", passages)
         tokens = self.encoder.encode(prompt)
-        return _unchanged(prompt, tokens, fallback=f"{type(error).__name__}: {error}")
-
-
-@dataclass(frozen=True, slots=True)
-class Budget:
-    """A limit in draft tokens: of the whole prompt (`capacity`), or of its passages (`ratio`)."""
-
-    limit: int
-    whole_prompt: bool
-
-    @classmethod
-    def of(cls, method: SpecPC, tokens: PromptTokens) -> Budget:
-        """The integer budget of this prompt."""
-        passage_tokens = int((~tokens.protected).sum())
-        return cls(token_budget(method, passage_tokens), method.ratio is None)
-
-    def measure(self, tokens: PromptTokens) -> int:
-        """Size of a prompt as this budget counts."""
-        return len(tokens) if self.whole_prompt else int((~tokens.protected).sum())
-
-    def first_guess(self, tokens: PromptTokens) -> int:
-        """Passage tokens that fit if nothing but them changes."""
-        return self.limit - (int(tokens.protected.sum()) if self.whole_prompt else 0)
-
-    def require_room(self, fixed: int) -> None:
-        """Raise `BudgetError` where the prompt without passages exceeds the capacity."""
-        if self.whole_prompt and fixed > self.limit:
-            raise BudgetError(
-                f"capacity={self.limit}, but the question, system text and template alone take "
-                f"{fixed} draft tokens. Raise the capacity, or give a ratio of the passages."
-            )
-
-
-@dataclass(slots=True)
-class Clock:
-    """Seconds per named stage."""
-
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        """Add the block's wall time to a stage."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.add({stage: time.perf_counter() - start})
-
-    def add(self, seconds: Mapping[str, float]) -> None:
-        """Add seconds per stage."""
-        for stage, more in seconds.items():
-            self.seconds[stage] = self.seconds.get(stage, 0.0) + more
+        return unchanged(prompt, tokens, fallback=f"{type(error).__name__}: {error}")
 
 
 def _asking(tokens: PromptTokens, window: int) -> int:
@@ -325,65 +268,3 @@ def _asking(tokens: PromptTokens, window: int) -> int:
     passages = torch.nonzero(~tokens.protected)
     tail = len(tokens) - 1 - int(passages[-1]) if len(passages) else len(tokens)
     return max(1, min(window, tail))
-
-
-def _describe(
-    prompt: Prompt,
-    shorter: Prompt,
-    tokens: PromptTokens,
-    after: PromptTokens,
-    bounds: Bounds,
-    scores: torch.Tensor | None,
-    clock: Clock,
-    method: SpecPC | None,
-    fallback: str | None = None,
-) -> CompressedContext:
-    ids = [passage.id or "" for passage in prompt.passages]
-    best = torch.zeros(len(ids))
-    if scores is not None and len(ids):
-        inside = tokens.passage >= 0
-        best = best.scatter_reduce(0, tokens.passage[inside].long(), scores[inside], "amax")
-    sizes = tuple(
-        PassageStats(before, now, score)
-        for before, now, score in zip(
-            _sizes(tokens, len(ids)), _sizes(after, len(ids)), best.tolist(), strict=True
-        )
-    )
-    keep_empty = method is None or not method.drop_empty
-    indices = tuple(i for i, p in enumerate(shorter.passages) if keep_empty or p.text.strip())
-    return CompressedContext(
-        text=shorter.documents_text,
-        passages=tuple(shorter.passages[i] for i in indices),
-        indices=indices,
-        spans=scored_spans(ids, bounds, tokens, scores),
-        sizes=sizes,
-        stats=CompressionStats(
-            prompt_tokens=len(tokens),
-            compressed_prompt_tokens=len(after),
-            passage_tokens=int((~tokens.protected).sum()),
-            compressed_passage_tokens=int((~after.protected).sum()),
-            compressed=len(after) < len(tokens),
-            seconds=dict(clock.seconds),
-            fallback=fallback,
-        ),
-    )
-
-
-def _unchanged(
-    prompt: Prompt,
-    tokens: PromptTokens,
-    *,
-    seconds: Mapping[str, float] | None = None,
-    method: SpecPC | None = None,
-    fallback: str | None = None,
-) -> CompressedContext:
-    """A context in which every passage is whole."""
-    bounds = [[(0, len(p.text))] if p.text else [] for p in prompt.passages]
-    clock = Clock(dict(seconds or {}))
-    return _describe(prompt, prompt, tokens, tokens, bounds, None, clock, method, fallback)
-
-
-def _sizes(tokens: PromptTokens, count: int) -> list[int]:
-    """Tokens of each passage."""
-    inside = tokens.passage[tokens.passage >= 0].long()
-    return torch.bincount(inside, minlength=count).tolist()

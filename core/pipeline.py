@@ -9,7 +9,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .cache import has_sliding_layers
-from .compressor import Clock, Compressor, OnError
+from .clock import Clock
+from .compressor import Compressor, OnError
 from .config import Generation, Method, SpecKV
 from .decode import RowText, decode_text
 from .draft import end_token_ids

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from draftsieve import Compressor, Passage, Prompt, SpecPC
 from draftsieve.core import compressor as compressor_module
-from draftsieve.core.compressor import Budget
+from draftsieve.core.budget import Budget
 from draftsieve.core.errors import BudgetError, ConfigError, ModelNotFoundError, PromptError
 from draftsieve.core.types import CompressedContext, Segment
 from draftsieve.core.units import sentence_spans, word_spans
