@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +41,13 @@ def accuracy_table(results: dict[str, Any]) -> str:
 
 
 def thin(log: Path, model: str) -> list[dict[str, Any]]:
-    """Evenly spaced lines of a log, the first and the last among them."""
-    lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    """Evenly spaced lines of a log, without what a restart from a checkpoint took back."""
+    lines: list[dict[str, Any]] = []
+    for text in reversed(log.read_text(encoding="utf-8").splitlines()):
+        line = json.loads(text, parse_constant=lambda _: None)
+        if not lines or line["tokens"] < lines[-1]["tokens"]:
+            lines.append(line)
+    lines.reverse()
     step = max(1, len(lines) // KEPT_LINES)
     kept = [line for i, line in enumerate(lines) if i % step == 0 or "dev_exact" in line]
     if kept[-1] is not lines[-1]:
@@ -58,7 +62,7 @@ def curve_table(curve: list[dict[str, Any]]) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for model in ("draft", "target"):
-        own = [line for line in curve if line["model"] == model and "dev_exact" in line]
+        own = [c for c in curve if c["model"] == model and "dev_exact" in c and c["answer_loss"]]
         step = max(1, len(own) // SHOWN_LINES)
         for line in [*own[:-1:step], *own[-1:]]:
             dev = line["dev_exact"].get("one-fact", "-")
@@ -84,8 +88,9 @@ def main() -> None:
     results = json.loads((HERE / "results.json").read_text(encoding="utf-8"))
     text = options.card.read_text(encoding="utf-8")
     for name, table in (("accuracy", accuracy_table(results)), ("curve", curve_table(curve))):
-        pattern = rf"(<!-- {name} -->\n).*?(<!-- end -->)"
-        text = re.sub(pattern, lambda m, t=table: m[1] + t + "\n" + m[2], text, flags=re.DOTALL)
+        start, rest = text.split(f"<!-- {name} -->\n")
+        _, end = rest.split("<!-- end -->", 1)
+        text = f"{start}<!-- {name} -->\n{table}\n<!-- end -->{end}"
     options.card.write_text(text, encoding="utf-8")
 
 

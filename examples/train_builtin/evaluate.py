@@ -29,7 +29,6 @@ from .scenes import natural_sentences
 
 logger = logging.getLogger(__name__)
 SEED = 20270101
-MOST_TOKENS = 64
 
 
 def wilson(right: int, count: int) -> tuple[float, float]:
@@ -53,6 +52,8 @@ def answer_all(
     ]
     order = sorted(range(len(items)), key=lambda number: items[number].tokens)
     answers = [""] * len(items)
+    # an answer that is longer than every right one is wrong, however it ends
+    longest = 4 + max(len(tokenizer.encode(item.turn.answer)) for item in items)
     for start in range(0, len(order), batch):
         numbers = order[start : start + batch]
         inputs = tokenizer(
@@ -62,8 +63,8 @@ def answer_all(
             padding_side="left",
             add_special_tokens=False,
             return_token_type_ids=False,
-        ).to(model.device)
-        out = model.generate(**inputs, do_sample=False, max_new_tokens=MOST_TOKENS)
+        ).to(str(model.device))
+        out = model.generate(**inputs, do_sample=False, max_new_tokens=longest)  # type: ignore[operator]
         new = out[:, inputs["input_ids"].shape[1] :]
         for number, text in zip(
             numbers, tokenizer.batch_decode(new, skip_special_tokens=True), strict=True
@@ -108,7 +109,8 @@ def main() -> None:
     parser.add_argument("--items", type=int, default=300)
     parser.add_argument("--seed", type=int, default=SEED)
     parser.add_argument("--cells", type=int, nargs="*", help="numbers of cells; default all")
-    parser.add_argument("--batch", type=int, default=10)
+    parser.add_argument("--batch", type=int, default=20)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True)
@@ -119,10 +121,10 @@ def main() -> None:
     corpus = natural_sentences(options.corpus / "sentences.txt")
     cells = [CELLS[n] for n in options.cells] if options.cells else list(CELLS)
     done = json.loads(options.out.read_text(encoding="utf-8")) if options.out.exists() else {}
-    done |= {"seed": options.seed, "items_per_cell": options.items, "dtype": "float32"}
+    done |= {"seed": options.seed, "items_per_cell": options.items, "dtype": options.dtype}
     for folder in options.models:
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=options.dtype)
         model = model.to(options.device).eval()
         raw = Tokenizer.from_file(str(folder / "tokenizer.json"))
         table = done.setdefault("models", {}).setdefault(folder.name, {})

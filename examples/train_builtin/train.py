@@ -100,8 +100,8 @@ class Run:
 
     def set_rate(self) -> float:
         """Warm up, hold, decay linearly; a new length warms up again for 20 steps."""
-        rate = self.options.rate * min(1.0, (self.step + 1) / WARMUP_STEPS)
-        rate *= min(1.0, max(0.01, (1 - self.progress) / self.options.decay))
+        rate = float(self.options.rate) * min(1.0, (self.step + 1) / WARMUP_STEPS)
+        rate *= min(1.0, max(0.01, (1 - self.progress) / float(self.options.decay)))
         for optimiser in self.optimisers:
             for group in optimiser.param_groups:
                 group["lr"] = rate
@@ -116,18 +116,20 @@ class Run:
         loss = (losses * weight).sum() / weight.sum()
         loss.backward()  # type: ignore[no-untyped-call]
         answers = torch.from_numpy(answer_mask(batch)).to(self.device)
-        accuracy, answer_loss, seconds = self.average(
-            hits[answers].float().mean(),
-            losses.detach()[answers].mean(),
+        right, lost, count, seconds = self.average(
+            hits[answers].float().sum(),
+            losses.detach()[answers].sum(),
+            answers.float().sum(),
             torch.tensor(time.perf_counter() - started, device=self.device),
         )
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for optimiser in self.optimisers:
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
-        keep = SMOOTHING if self.phase_step > 5 else 0.5
-        self.accuracy = keep * self.accuracy + (1 - keep) * accuracy
-        self.loss = keep * self.loss + (1 - keep) * answer_loss
+        if count:
+            keep = SMOOTHING if self.phase_step > 5 else 0.5
+            self.accuracy = keep * self.accuracy + (1 - keep) * right / count
+            self.loss = keep * self.loss + (1 - keep) * lost / count
         self.step += 1
         self.phase_step += 1
         self.tokens += batch.ids.size * self.world
@@ -151,7 +153,7 @@ class Run:
     def next_phase(self) -> bool:
         """Whether the curriculum moves on now."""
         now = PHASES[self.phase]
-        if self.phase == len(PHASES) - 1 or self.phase_step < 30:
+        if self.options.stay or self.phase == len(PHASES) - 1 or self.phase_step < 30:
             return False
         if self.accuracy < now.accuracy and self.progress < now.until:
             return False
@@ -283,6 +285,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--phase", type=int, help="go to this phase at once")
+    parser.add_argument("--stay", action="store_true", help="do not leave the phase")
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--no-compile", dest="compile", action="store_false")
     parser.add_argument("--log-seconds", type=float, default=20)
