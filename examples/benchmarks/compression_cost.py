@@ -39,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     article = read_article(SQUAD)
     bundled = Engine.load(options.target, options.draft, progress=False)
     assert bundled.tokenizer is not None  # `load` always brings one
+    bundled.target.generation_config.eos_token_id = None  # both variants decode as many tokens
     pairs = {"bundled": bundled, "random 8M + 50M": random_pair(bundled.tokenizer)}
     print(f"{torch.get_num_threads()} threads, keeping {options.ratio:.0%} of the passages, ")
     print(f"{options.new_tokens} new tokens at most, {options.repeats} interleaved repeats; ")
@@ -140,7 +141,7 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--target", default="builtin:target")
     parser.add_argument("--draft", default="builtin:draft")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[500, 1000, 2000])
+    parser.add_argument("--lengths", type=int, nargs="+", default=[500, 1000, 1600])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--ratio", type=float, default=0.25)
     parser.add_argument("--new-tokens", type=int, default=16)
