@@ -82,10 +82,11 @@ class SpecPC(Options):
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> SpecPC:
-        """A dated combination that measured better than the paper's on prompts with passages.
+        """A dated combination for prompts with passages, beside the paper's settings.
 
         Args:
-            name: "2026-11": whole sentences, ranked by their best token (docs/decisions.md).
+            name: "2026-11": whole sentences, ranked by their best token. Better than the paper's
+                settings on the handbook, level on the article (docs/decisions.md).
             changes: Options that differ from the preset, such as `ratio=0.3`.
 
         Raises:
