@@ -38,7 +38,7 @@ class Phase:
     """One step of the curriculum; it ends on accuracy, or at `until` of the run at the latest."""
 
     name: str
-    length: int
+    lengths: tuple[int, ...]  # of the rows, step by step in turn
     copy_share: float
     easy_share: float  # of the rows that are not copy rows
     accuracy: float
@@ -46,14 +46,16 @@ class Phase:
 
 
 PHASES = (
-    Phase("copy-32", 32, 1.0, 0.0, 0.9, 0.12),
-    Phase("copy-64", 64, 1.0, 0.0, 0.9, 0.18),
-    Phase("rag-128", 128, 0.1, 0.9, 0.93, 0.45),
-    Phase("rag-256", 256, 0.15, 0.7, 0.9, 0.50),
-    Phase("rag-512", 512, 0.05, 0.2, 2.0, 0.60),
-    Phase("rag-1024", 1024, 0.02, 0.1, 2.0, 0.85),
-    Phase("rag-2304", 2304, 0.02, 0.05, 2.0, 1.0),
+    Phase("copy-32", (32,), 1.0, 0.0, 0.9, 0.12),
+    Phase("copy-64", (64,), 1.0, 0.0, 0.9, 0.18),
+    Phase("rag-128", (128,), 0.1, 0.9, 0.93, 0.45),
+    Phase("rag-256", (256,), 0.15, 0.7, 0.9, 0.50),
+    Phase("rag-512", (512,), 0.05, 0.2, 2.0, 0.55),
+    Phase("rag-1024", (1024,), 0.02, 0.1, 2.0, 0.65),
+    Phase("rag-2304", (2304,), 0.02, 0.05, 2.0, 0.70),
+    Phase("rag-mixed", (1024, 2304, 512, 2304, 1024), 0.02, 0.05, 2.0, 1.0),
 )
+LONGEST = max(max(phase.lengths) for phase in PHASES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +101,7 @@ def make_batch(
     """The batch of a step: the same arguments give the same batch."""
     tokenizer, stream = _tools(folder)
     corpus = natural_sentences(folder / "corpus" / "sentences.txt")
-    length = PHASES[phase].length
+    length = PHASES[phase].lengths[number % len(PHASES[phase].lengths)]
     rng = random.Random(f"{seed}/{phase}/{number}/{held_out}")
     rows: list[list[int]] = []
     marks: list[tuple[int, int, int, int]] = []  # row, start, end, type

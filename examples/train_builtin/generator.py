@@ -102,7 +102,7 @@ def _context_share(length: int) -> tuple[float, float]:
         return 0.15, 0.4
     if length <= 512:
         return 0.25, 0.6
-    return (0.3, 0.75) if length <= 1024 else (0.15, 0.85)
+    return (0.35, 0.88) if length <= 1024 else (0.35, 0.92)
 
 
 def make_row(

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, distributed
 
-from .batches import DEV_SEED, PHASES, TYPES, Batch, BatchSource, make_batch
+from .batches import DEV_SEED, LONGEST, PHASES, TYPES, Batch, BatchSource, make_batch
 from .export import export
 from .model import SHAPES, LeanLlama, decoder_layer, rope_tables
 
@@ -72,8 +72,9 @@ class Run:
         self.inherited_tokens = 0  # read by the model this one was grown from
         self.accuracy, self.loss = 0.0, 0.0
         self.tables = {
-            p.length: tuple(t.to(self.device) for t in rope_tables(self.shape, p.length))
-            for p in PHASES
+            length: tuple(t.to(self.device) for t in rope_tables(self.shape, length))
+            for phase in PHASES
+            for length in phase.lengths
         }
         compiled = torch.compile(decoder_layer, dynamic=False)
         self.layer = compiled if options.compile else decoder_layer
@@ -162,7 +163,7 @@ class Run:
         return True
 
     @torch.no_grad()
-    def develop(self, batches: int = 2) -> dict[str, float]:
+    def develop(self, batches: int = 4) -> dict[str, float]:
         """Share of answers that greedy decoding would give exactly, on held-out names."""
         right: dict[str, list[bool]] = defaultdict(list)
         for number in range(batches):
@@ -267,7 +268,7 @@ def train(options: argparse.Namespace) -> None:
         return
     run.save()
     log_line(run, 0.0, run.develop())
-    export(run.model, options.work / "tokenizer", options.out / "export", PHASES[-1].length)
+    export(run.model, options.work / "tokenizer", options.out / "export", LONGEST)
 
 
 def parse() -> argparse.Namespace:
