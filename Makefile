@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench docs clean
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -32,5 +32,9 @@ lint: $(STAMP) .typing/draftsieve
 bench: $(STAMP)
 	$(BIN)/python examples/benchmarks/compression_cost.py
 
+docs: $(STAMP) .typing/draftsieve
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
 clean:
-	rm -rf .venv .typing .mypy_cache .ruff_cache .pytest_cache .import_linter_cache demo_output
+	rm -rf .venv .typing .mypy_cache .ruff_cache .pytest_cache .import_linter_cache demo_output site

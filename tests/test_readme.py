@@ -1,4 +1,4 @@
-"""Every Python block of the README and every example runs as it is written."""
+"""Every Python block of the README and the guides, and every example, runs as it is written."""
 
 from __future__ import annotations
 
@@ -10,7 +10,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+
+
+def _blocks(path: Path) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", path.read_text(), flags=re.DOTALL)
+
+
+BLOCKS = _blocks(ROOT / "README.md")
+GUIDES = sorted(path.name for path in (ROOT / "docs").glob("*.md") if _blocks(path))
 EXAMPLES = sorted(path.name for path in (ROOT / "examples").glob("*_rag.py"))
 
 
@@ -26,11 +33,17 @@ def _run(arguments: list[str]) -> str:
 def test_there_is_something_to_run() -> None:
     assert len(BLOCKS) >= 3
     assert len(EXAMPLES) >= 2
+    assert "quickstart.md" in GUIDES
 
 
 @pytest.mark.parametrize("number", range(len(BLOCKS)))
 def test_readme_block(number: int) -> None:
     _run(["-c", BLOCKS[number]])
+
+
+@pytest.mark.parametrize("name", GUIDES)
+def test_guide(name: str) -> None:
+    assert _run(["-c", "\n".join(_blocks(ROOT / "docs" / name))]).strip()
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
