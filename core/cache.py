@@ -16,12 +16,13 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from .errors import ModelError
+from .stored import StoredLayer
 
 
 class EvictedLayer(DynamicLayer):
     """Keys and values of chosen prompt positions, (batch, kv_heads, slots, head_dim) each."""
 
-    def __init__(self, before: tuple[torch.Tensor, torch.Tensor] | None = None) -> None:
+    def __init__(self, before: StoredLayer | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.reading = True  # the prompt goes by; nothing is stored
         self.before = before  # keys and values of what was read earlier
@@ -32,8 +33,7 @@ class EvictedLayer(DynamicLayer):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Pass the prompt through; later append as usual."""
         if self.reading and self.before is not None:
-            keys, values = (part.to(key_states.device) for part in self.before)
-            return torch.cat([keys, key_states], dim=2), torch.cat([values, value_states], dim=2)
+            return self.before.before(key_states, value_states)
         if self.reading:
             return key_states, value_states
         keys, values = super().update(key_states, value_states, *args, **kwargs)
@@ -61,7 +61,7 @@ class EvictedLayer(DynamicLayer):
     def get_seq_length(self) -> int:
         """Logical length: tokens seen, kept or not."""
         if self.reading or self.keys is None:
-            return 0 if self.before is None else int(self.before[0].shape[2])
+            return 0 if self.before is None else self.before.tokens
         return self.hidden + int(self.keys.shape[-2])
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -114,7 +114,7 @@ class NewestLayer(DynamicSlidingWindowLayer):
 
 
 def evicting_cache(
-    model: PreTrainedModel, before: Sequence[tuple[torch.Tensor, torch.Tensor]] | None = None
+    model: PreTrainedModel, before: Sequence[StoredLayer] | None = None
 ) -> Cache:
     """A cache whose layers all wait to be told what to keep.
 
@@ -135,7 +135,7 @@ def evicting_cache(
             + (f"{strange} too" if strange else "sliding windows only: nothing to evict")
             + ". Use SpecPC."
         )
-    states: Sequence[tuple[torch.Tensor, torch.Tensor] | None]
+    states: Sequence[StoredLayer | None]
     states = before or [None] * len(cache.layers)
     cache.layers = [
         NewestLayer(layer.sliding_window)

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from .constrained import Grammar
 from .errors import ConfigError
 
 Pool = Literal["max", "mean"]
@@ -176,6 +177,7 @@ class Generation(Options):
         repetition_penalty: 1.0 for none (Keskar et al., 2019).
         stop: Strings that end the answer; none of them is part of its text.
         seed: Seed of the sampling; None draws a fresh one.
+        grammar: What the answer must look like, see `Grammar`; None for anything.
     """
 
     max_new_tokens: PositiveInt = 256
@@ -186,6 +188,7 @@ class Generation(Options):
     repetition_penalty: Annotated[float, Field(gt=0.0)] = 1.0
     stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     seed: Annotated[int, Field(ge=0)] | None = None
+    grammar: Grammar | None = None
 
 
 class Quantization(Options):

@@ -31,6 +31,10 @@ class MissingExtraError(DraftSieveError, ImportError):
     """An optional dependency is not installed; the message names the pip command."""
 
 
+class GrammarError(DraftSieveError, ValueError):
+    """A grammar, JSON schema or choice of tools cannot be used."""
+
+
 class OutOfMemoryError(DraftSieveError, MemoryError):
     """The machine ran out of memory; the message names the models' footprints."""
 

@@ -139,8 +139,19 @@ class Usage:
 
 
 @dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A tool that the target wants to be called, with the arguments as plain values."""
+
+    name: str
+    arguments: Mapping[str, Any] = field(default_factory=dict, hash=False)
+
+
+@dataclass(frozen=True, slots=True)
 class Answer:
-    """What the target said, with the spans it was given and what they cost."""
+    """What the target said, with the spans it was given and what they cost.
+
+    Where the prompt has tools, `text` is what stands around their calls.
+    """
 
     text: str
     spans: tuple[Span, ...]
@@ -149,14 +160,20 @@ class Answer:
     finish_reason: str  # "stop" (end token), "stop_string" or "length"
     lookahead: str | None = None  # the draft's guessed answer, where a method made one
     context: CompressedContext | None = None
+    tool_calls: tuple[ToolCall, ...] = ()
+    broken_calls: tuple[str, ...] = ()  # cut off by `max_new_tokens`, or no valid JSON
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """A piece of a streamed answer; the last one carries the whole `Answer`."""
+    """A piece of a streamed answer; the last one carries the whole `Answer`.
+
+    A tool call comes in one piece, as soon as it is complete.
+    """
 
     text: str
     answer: Answer | None = None
+    tool_calls: tuple[ToolCall, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
