@@ -1,9 +1,10 @@
 """The one file that knows how transformers runs attention.
 
 `observing` lets a callback see the queries, keys and mask of every attention layer while the
-model runs with its own implementation (eager, sdpa, flex or flash). It uses transformers' public
-registries; the model's configuration is switched only inside the context manager and only the
-thread or task that entered it is observed, so other requests on the same model run undisturbed.
+model runs with its own implementation (eager, sdpa, flex or flash); a callback may also compute a
+layer's attention itself. It uses transformers' public registries; the model's configuration is
+switched only inside the context manager and only the thread or task that entered it is observed,
+so other requests on the same model run undisturbed.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 
+from .deadline import check_deadline
+
 NAME = "draftsieve_observed"
 
 
@@ -36,8 +39,12 @@ class AttentionCallback(Protocol):
         mask: Any,
         value: torch.Tensor,
         **kwargs: Any,
-    ) -> None:
-        """Args: query (batch, heads, rows, dim), key and value (batch, kv_heads, keys, dim)."""
+    ) -> torch.Tensor | None:
+        """Args: query (batch, heads, rows, dim), key and value (batch, kv_heads, keys, dim).
+
+        Returns:
+            None for the model's own attention, or what stands in for it: (batch, rows, heads, dim).
+        """
 
 
 _CALLBACK: ContextVar[AttentionCallback | None] = ContextVar("draftsieve_callback", default=None)
@@ -67,6 +74,12 @@ def observing(model: PreTrainedModel, callback: AttentionCallback) -> Iterator[N
         with _LOCK:
             for config in configs:
                 _switch_off(config)
+
+
+def own_implementation(config: PreTrainedConfig) -> str:
+    """The attention implementation that a configuration asks for, observed at the moment or not."""
+    current = config._attn_implementation
+    return str(_BASE[id(config)] if current == NAME else current)
 
 
 def _attention_configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
@@ -107,12 +120,14 @@ def _attention(
     mask: Any,
     **kwargs: Any,
 ) -> Any:
+    check_deadline()
+    if (callback := _CALLBACK.get()) is not None:
+        out = callback(module, query, key, mask, value=value, **kwargs)
+        if out is not None:
+            return out, None
     eager = sys.modules[type(module).__module__].eager_attention_forward
     run = ALL_ATTENTION_FUNCTIONS.get_interface(_BASE[id(module.config)], eager)
-    out = run(module, query, key, value, mask, **kwargs)
-    if (callback := _CALLBACK.get()) is not None:
-        callback(module, query, key, mask, value=value, **kwargs)
-    return out
+    return run(module, query, key, value, mask, **kwargs)
 
 
 def _mask(*args: Any, config: PreTrainedConfig, **kwargs: Any) -> Any:

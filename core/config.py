@@ -60,6 +60,9 @@ class SpecPC(Options):
             "sentence" or "passage", which never cuts a number, identifier or URL.
         gap_marker: Text put where something was left out between kept spans; None for a space.
         drop_empty: Leave out passages of which nothing is kept (else they stay, empty).
+        min_tokens: Passages of fewer draft tokens together stay whole, unread.
+        max_passages: Keep something of at most this many passages, those with the best scored
+            tokens; the draft then reads also what fits the budget. None for all.
     """
 
     capacity: PositiveInt | None = None
@@ -75,6 +78,8 @@ class SpecPC(Options):
     unit: Unit = "token"
     gap_marker: str | None = " … "
     drop_empty: bool = False
+    min_tokens: Annotated[int, Field(ge=0, strict=True)] = 0
+    max_passages: PositiveInt | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -120,6 +125,21 @@ class SpecKV(Options):
             "streaming", "key_norm", "random", and "oracle" (the target's own greedy answer as
             lookahead, an upper bound that costs more than it saves). See `core/kv_scorers/`.
         seed: Of "random".
+        prefill_vertical_size: Sparse prefill: while the target reads, every token sees only this
+            many best-scored columns per KV head, protected tokens among them, and the last
+            `prefill_window_size` tokens. None reads dense. Both sizes are given or none (2048 each
+            in the paper). Prompts that are no longer than both together, too short to gain
+            (`core/sparse_prefill.py`), not evicted, or read in a session stay dense, and so do
+            sliding-window layers.
+        prefill_window_size: See `prefill_vertical_size`.
+        head_budgets: "even", or "adaptive": the heads of a layer share kv_heads * C entries, which
+            go to the best-scored ones of all heads together (Ada-KV, arXiv 2407.11550).
+        head_floor: With "adaptive", the share of the entries beyond the protected ones (or the
+            window) that every head is sure of, in 0..1; 1 is the same as "even".
+        layer_budgets: "even", or "pyramid": lower layers keep more and higher ones less, C on
+            average (PyramidKV, arXiv 2406.02069). Sliding-window layers take no part.
+        pyramid_slope: With "pyramid", the lowest layer keeps (1 + slope) times and the highest
+            (1 - slope) times the mean number of entries beyond the protected ones, in 0..1.
     """
 
     capacity: PositiveInt | None = None
@@ -131,6 +151,12 @@ class SpecKV(Options):
     lookahead_tokens: PositiveInt | None = None
     scorer: Scorer = "speckv"
     seed: Annotated[int, Field(ge=0)] = 0
+    prefill_vertical_size: PositiveInt | None = None
+    prefill_window_size: PositiveInt | None = None
+    head_budgets: Literal["even", "adaptive"] = "even"
+    head_floor: Annotated[float, Field(ge=0.0, le=1.0)] = 0.2
+    layer_budgets: Literal["even", "pyramid"] = "even"
+    pyramid_slope: Annotated[float, Field(ge=0.0, le=1.0)] = 0.5
 
     @model_validator(mode="before")
     @classmethod
@@ -142,6 +168,21 @@ class SpecKV(Options):
         if self.kernel_size % 2 == 0:
             raise ValueError(f"kernel_size must be odd, got {self.kernel_size}.")
         return self
+
+    @model_validator(mode="after")
+    def _both_prefill_sizes(self) -> SpecKV:
+        sizes = self.prefill_vertical_size, self.prefill_window_size
+        if sizes.count(None) == 1:
+            raise ValueError(
+                "Sparse prefill needs prefill_vertical_size and prefill_window_size, got "
+                f"{sizes[0]} and {sizes[1]}: give both, or none to read dense."
+            )
+        return self
+
+    @property
+    def uneven(self) -> bool:
+        """Whether heads or layers may keep different numbers of entries."""
+        return self.head_budgets != "even" or self.layer_budgets != "even"
 
 
 class SpecKVPC(Options):
@@ -165,6 +206,9 @@ class SpecKVPC(Options):
 Method = SpecPC | SpecKV | SpecKVPC
 
 
+DraftKind = Literal["aded", "lookup", "lookahead", "model", "graph", "auto"]
+
+
 class Generation(Options):
     """How the target decodes. Temperature 0 is greedy; the same seed gives the same output.
 
@@ -178,6 +222,12 @@ class Generation(Options):
         stop: Strings that end the answer; none of them is part of its text.
         seed: Seed of the sampling; None draws a fresh one.
         grammar: What the answer must look like, see `Grammar`; None for anything.
+        timeout: Seconds from the request's start after which it fails; None for no limit.
+        drafting: Who guesses ahead, so that the target reads several tokens in one pass; the
+            answer stays the same. "lookup" copies from the original prompt, "aded" asks the
+            engine's tri-gram store, "lookahead" follows the draft's guessed answer, "model" and
+            "graph" let the draft model guess ahead. "auto" joins the cheap ones and drafts only
+            while that is faster. None reads one token a pass. Batches are never drafted for.
     """
 
     max_new_tokens: PositiveInt = 256
@@ -189,6 +239,8 @@ class Generation(Options):
     stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     seed: Annotated[int, Field(ge=0)] | None = None
     grammar: Grammar | None = None
+    timeout: Annotated[float, Field(gt=0.0)] | None = None
+    drafting: DraftKind | None = None
 
 
 class Quantization(Options):

@@ -9,6 +9,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from .capture import observing, visible_keys
 from .config import Pool, SpecPC
+from .deadline import check_deadline
 from .errors import ModelError
 from .scoring import attention_probabilities, reduce_rows, row_weights
 from .types import DraftReading
@@ -165,6 +166,7 @@ def _lookahead(
     lengths = torch.full((input_ids.shape[0],), tokens, device=input_ids.device)
     feed = input_ids
     for step in range(tokens):
+        check_deadline()
         positions = (rows.padding.long().cumsum(-1) - 1).clamp(min=0)[:, -feed.shape[1] :]
         logits = model(
             input_ids=feed,

@@ -35,8 +35,21 @@ class GrammarError(DraftSieveError, ValueError):
     """A grammar, JSON schema or choice of tools cannot be used."""
 
 
+class RequestTimeoutError(DraftSieveError, TimeoutError):
+    """A request has used up its `timeout`."""
+
+
 class OutOfMemoryError(DraftSieveError, MemoryError):
-    """The machine ran out of memory; the message names the models' footprints."""
+    """The machine ran out of memory; the message names the models' footprints.
+
+    Args:
+        message: What to tell.
+        work: What was being done, such as "reading a prompt of 8,000 tokens".
+    """
+
+    def __init__(self, message: str, work: str = "") -> None:
+        super().__init__(message)
+        self.work = work
 
 
 NO_DRAFT = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from threading import Lock
+from traceback import format_exception
 from typing import Any
 
 import torch
@@ -28,6 +30,7 @@ from .errors import ModelError, ModelNotFoundError, OutOfMemoryError
 logger = logging.getLogger(__name__)
 BUILTIN = "builtin:"
 _PROGRESS = Lock()
+_WARMING = Lock()
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,14 +76,23 @@ def load_model(
     }
     if quantization is not None:
         options["quantization_config"] = _bitsandbytes(quantization, options["dtype"])
-    with _loading_errors(str(name)), _progress_bars(progress):
+    work = f"loading {str(name)!r}"
+    with explain_out_of_memory(work), _loading_errors(str(name)), _progress_bars(progress):
         AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
         model = AutoModelForCausalLM.from_pretrained(source, **options).eval()
-    if quantization is not None:
-        _warm_up(model)
+    guard_saving(accept(model))
     logger.info("Loaded %s on %s, %.0f MB", name, place, model.get_memory_footprint() / 1e6)
     return LoadedModel(model, tokenizer, str(name))
+
+
+def load_tokenizer(name: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer alone; arguments and errors as for `load_model`."""
+    with _loading_errors(str(name)):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            resolve(name), trust_remote_code=trust_remote_code
+        )
+    return tokenizer
 
 
 def resolve(name: str | Path) -> str:
@@ -136,28 +148,83 @@ def context_window(model: PreTrainedModel) -> int | None:
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
-@contextmanager
-def explain_out_of_memory(**models: PreTrainedModel | None) -> Iterator[None]:
-    """Turn an allocation failure into an `OutOfMemoryError` that names the models' sizes."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
-            raise
+def fingerprint(model: PreTrainedModel) -> str:
+    """Tells weights apart without reading all of them: 16 hexadecimal digits.
+
+    Some values of each unquantised tensor are looked at, in float32: loading a bfloat16 checkpoint
+    as float32 changes nothing, other weights or quantising them do.
+    """
+    digest = hashlib.sha256()
+    for name, weights in model.named_parameters():
+        if weights.is_floating_point() and weights.numel() and not weights.is_meta:
+            flat = weights.detach().reshape(-1)
+            some = flat[:: max(1, flat.numel() // 64)][:64].float().cpu()
+            digest.update(f"{name} {tuple(weights.shape)}".encode())
+            digest.update(some.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+class explain_out_of_memory:  # noqa: N801, reads as a verb in `with`
+    """Turn an allocation failure into an `OutOfMemoryError` that names the models' sizes.
+
+    What the failed calls held (caches, activations) is freed when the error is raised, even where
+    the error is kept: its cause stays without its traceback, whose text becomes a note.
+
+    Args:
+        work: What is done in the block, with its sizes, for the message.
+        models: The models at work by their roles.
+    """
+
+    def __init__(self, work: str = "", **models: PreTrainedModel | None) -> None:
+        self.work, self.models = work, models
+
+    def __enter__(self) -> None:
+        """Begin the block."""
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: object
+    ) -> None:
+        """Raise the explained error in place of an allocation failure."""
+        if error is None or not _is_out_of_memory(error):
+            return
+        work = self.work or getattr(error, "work", "")
         sizes = ", ".join(
             f"{role} {model.get_memory_footprint() / 1e6:.0f} MB"
-            for role, model in models.items()
+            for role, model in self.models.items()
             if model is not None
         )
-        raise OutOfMemoryError(
-            f"Out of memory; the weights take: {sizes}. Use a smaller capacity, "
-            "Quantization(bits=4), fewer prompts at once, or put the draft on another device."
-        ) from error
+        what = f" while {work}" if work else ""
+        weights = f"; the weights take: {sizes}" if sizes else ""
+        explained = OutOfMemoryError(
+            f"Out of memory{what}{weights}. Use a smaller capacity, fewer or shorter prompts at "
+            "once, Quantization(bits=4), or put the draft on another device.",
+            work,
+        )
+        explained.add_note("".join(format_exception(error)))
+        del trace  # this frame is part of the new traceback and must not hold the old one
+        _forget_frames(error)
+        raise explained from error
+
+
+def _forget_frames(error: BaseException) -> None:
+    """Free what the calls held that an error and those before it went through."""
+    chain: BaseException | None = error
+    seen: set[int] = set()
+    while chain is not None and id(chain) not in seen:
+        seen.add(id(chain))
+        chain.__traceback__ = None
+        chain = chain.__cause__ or chain.__context__
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
-        "can't allocate memory" in str(error) or "not enough memory" in str(error)
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and any(
+        sign in text
+        for sign in ("can't allocate memory", "not enough memory", "out of memory", "alloc_failed")
     )
 
 
@@ -174,10 +241,51 @@ def _bitsandbytes(options: Quantization, dtype: str | torch.dtype) -> BitsAndByt
     )
 
 
-def _warm_up(model: PreTrainedModel) -> None:
-    """One forward pass alone: on CPU the first one repacks 4-bit weights in place."""
-    with torch.no_grad():
-        model(input_ids=torch.zeros((1, 1), dtype=torch.int64, device=model.device))
+def accept(model: PreTrainedModel) -> PreTrainedModel:
+    """A model in evaluation mode that requests may use from now on, several at once.
+
+    Raises:
+        ModelError: It is no decoder-only model.
+    """
+    if model.config.is_encoder_decoder or not model.can_generate():
+        raise ModelError(
+            f"{type(model).__name__} ({model.config.model_type}) is no decoder-only language model "
+            "with a head that predicts tokens, which targets and drafts must be: load one with "
+            "AutoModelForCausalLM."
+        )
+    model.eval()
+    warm_up(model)
+    return model
+
+
+def warm_up(model: PreTrainedModel) -> None:
+    """Run one pass alone where the first one changes a model.
+
+    bitsandbytes repacks 4-bit weights for the CPU, and moves 8-bit ones, in place and without a
+    lock during the first pass: several threads at once would read half-changed weights.
+    """
+    if getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False):
+        with _WARMING, torch.no_grad():
+            model(input_ids=torch.zeros((1, 1), dtype=torch.int64, device=model.device))
+
+
+def guard_saving(model: PreTrainedModel) -> None:
+    """Refuse to give out weights that the CPU has repacked: saved, they would be wrong.
+
+    Asking for them would also unpack them in place, below requests that run at the moment.
+    """
+    for module in model.modules():
+        if getattr(getattr(module, "weight", None), "quant_state", None) is not None:
+            module.register_state_dict_pre_hook(_refuse_repacked)  # type: ignore[no-untyped-call]
+
+
+def _refuse_repacked(module: torch.nn.Module, *_: Any) -> None:
+    state = getattr(module.weight, "quant_state", None)
+    if getattr(state, "packing_format_for_cpu", False):
+        raise ModelError(
+            "These 4-bit weights have been repacked for this CPU and cannot be saved: the file "
+            "would be wrong. Save the checkpoint that was loaded, and quantise it when loading."
+        )
 
 
 @contextmanager
@@ -186,7 +294,7 @@ def _loading_errors(name: str) -> Iterator[None]:
         yield
     except (OSError, ValueError, ImportError, RuntimeError, MemoryError) as error:
         if _is_out_of_memory(error):
-            raise OutOfMemoryError(f"{name!r} does not fit into memory; try 4 bits.") from error
+            raise
         first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         if isinstance(error, OSError):
             raise ModelNotFoundError(

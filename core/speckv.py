@@ -15,14 +15,16 @@ import torch
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from .cache import EvictedLayer, NewestLayer, evicting_cache, has_sliding_layers
+from .cache import EvictedLayer, NewestLayer, UnevenLayer, evicting_cache, has_sliding_layers
 from .capture import observing, visible_keys
 from .config import SpecKV
 from .decode import Start, pad_left
 from .errors import ModelError
+from .kv_budgets import choose_entries, layer_budgets
 from .kv_scorers import SCORERS, LayerView
 from .memory import Memory
 from .scoring import attention_probabilities
+from .sparse_prefill import SparsePrefill, plan_sparse
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,8 +34,20 @@ class Eviction:
     start: Start  # where decoding goes on
     scores: tuple[torch.Tensor, ...]  # per layer (batch, kv_heads, columns), pooled; -inf: no rival
     kept: tuple[torch.Tensor, ...]  # per layer (batch, kv_heads, slots) columns
-    slots: torch.Tensor  # (batch, slots) bool, False where a row fills fewer
+    counts: tuple[torch.Tensor, ...]  # per layer (batch, kv_heads) slots filled; others in front
+    slots: torch.Tensor  # (batch, C) bool, False where a row keeps fewer, C on average if uneven
     pads: torch.Tensor  # (batch,) columns in front of each prompt
+
+    def entries(self, row: int) -> list[list[torch.Tensor]]:
+        """Per layer and KV head the prompt positions that a row keeps, ascending."""
+        pad = int(self.pads[row])
+        return [
+            [
+                head[head.numel() - int(filled) :] - pad
+                for head, filled in zip(kept[row], counts[row], strict=True)
+            ]
+            for kept, counts in zip(self.kept, self.counts, strict=True)
+        ]
 
 
 def evict(
@@ -77,8 +91,11 @@ def evict(
     known = 0  # the observing rows are always read anew
     if memory is not None and len(prompts) == 1:
         known = memory.shared(prompts[0].cpu(), leave=min(options.window_size + 1, columns))
-    cache = evicting_cache(model, None if memory is None or not known else memory.part(known))
+    before = None if memory is None or not known else memory.part(known)
+    cache = evicting_cache(model, before, options.uneven)
     evictor.cache, evictor.begin = cache, known
+    evictor.share_out()
+    evictor.sparse = plan_sparse(options, padding.bool(), slots < lengths - 1, known)
     with torch.no_grad(), observing(model, evictor):
         model.get_decoder()(
             input_ids=torch.cat([ids, guess], dim=1)[:, known:],
@@ -87,13 +104,20 @@ def evict(
             past_key_values=cache,
             use_cache=True,
         )
+    if len(evictor.kept) < len(cache.layers):
+        raise ModelError(
+            f"Only {len(evictor.kept)} of {len(cache.layers)} layers of this model "
+            f"({model.config.model_type}) call transformers' attention interface, so SpecKV cannot "
+            "see what they look at. Use SpecPC, or a model whose layers do."
+        )
     filled = evictor.filled
-    start_mask = torch.zeros_like(mask)
-    start_mask[:, columns - 1 - filled.shape[1] : columns - 1] = filled.long()
-    start_mask[:, -1] = 1
+    start_mask = mask.clone()  # sliding windows see every token, evicted layers only the slots
+    if not options.uneven:  # uneven layers need no mask
+        start_mask[:, columns - 1 - filled.shape[1] : columns - 1] = filled.long()
     start = Start(cache, ids[:, -1:], start_mask, (lengths - 1).unsqueeze(1))
     pads = columns - lengths
-    return Eviction(start, tuple(evictor.scores), tuple(evictor.kept), filled, pads)
+    kept, counts = tuple(evictor.kept), tuple(evictor.counts)
+    return Eviction(start, tuple(evictor.scores), kept, counts, filled, pads)
 
 
 def token_capacity(options: SpecKV, tokens: int, fixed: int = 0) -> int:
@@ -135,6 +159,7 @@ class _Evictor:
     ) -> None:
         self.cache: Any = None
         self.begin = 0  # columns read in an earlier pass
+        self.sparse: SparsePrefill | None = None  # None: the model's own, dense attention
         self.padding, self.columns, self.options = padding, columns, options
         self.scorer = SCORERS[options.scorer]
         self.capacity = int(slots.max())
@@ -146,6 +171,7 @@ class _Evictor:
         self.before_last = self.real & (place < columns - 1)
         self.fixed = self.before_last & (place >= columns - 1 - self.window)
         self.rivals = self.before_last & ~self.fixed
+        self.always = torch.zeros_like(self.fixed)  # seen by all later queries of a sparse prefill
         self.filled = torch.arange(self.capacity, device=padding.device) >= (
             self.capacity - self.slots
         )
@@ -155,11 +181,25 @@ class _Evictor:
         self.looks = padding[:, newest] & (newest >= columns - 1 - options.window_size)
         self.scores: list[torch.Tensor] = []
         self.kept: list[torch.Tensor] = []
+        self.counts: list[torch.Tensor] = []
+        self.budgets: dict[int, torch.Tensor] = {}  # uneven layer -> (batch,) entries a head
 
     def protect(self, entries: torch.Tensor) -> None:
         """Keep these (batch, columns) instead of the window, which then competes like the rest."""
-        self.fixed = self.before_last & entries
+        self.fixed = self.always = self.before_last & entries
         self.rivals = self.before_last & ~self.fixed
+
+    def share_out(self) -> None:
+        """Settle how much each uneven layer of the cache may keep."""
+        places = [i for i, la in enumerate(self.cache.layers) if isinstance(la, UnevenLayer)]
+        slope = self.options.pyramid_slope if self.options.layer_budgets == "pyramid" else 0.0
+        rows = torch.stack([self.slots[:, 0], self.fixed.sum(1), self.rivals.sum(1)], dim=1)
+        shares = [
+            layer_budgets(capacity, fixed, rivals, len(places), slope)
+            for capacity, fixed, rivals in rows.tolist()
+        ]
+        for layer, budget in zip(places, zip(*shares, strict=True), strict=True):
+            self.budgets[layer] = torch.tensor(budget, device=self.slots.device)
 
     def __call__(
         self,
@@ -169,14 +209,15 @@ class _Evictor:
         mask: Any,
         value: torch.Tensor,
         **kwargs: Any,
-    ) -> None:
+    ) -> torch.Tensor | None:
         index = int(module.layer_idx)  # type: ignore[arg-type]
         layer = self.cache.layers[index]
         if isinstance(layer, NewestLayer):
             layer.keep_newest(key, value, self.columns - 1)
             self.scores.append(torch.empty(key.shape[0], key.shape[1], 0))
             self.kept.append(torch.empty(key.shape[0], key.shape[1], 0, dtype=torch.int64))
-            return
+            self.counts.append(torch.zeros(key.shape[:2], dtype=torch.int64))
+            return None
         assert isinstance(layer, EvictedLayer)
 
         def attention(first: int, last: int) -> torch.Tensor:
@@ -204,10 +245,18 @@ class _Evictor:
             attention=attention,
         )
         pooled = self._pool(self.scorer.score(view))
-        kept = self._choose(pooled)
-        layer.keep(key, value, kept, self.columns - 1)
+        if isinstance(layer, UnevenLayer):
+            floor = self.options.head_floor if self.options.head_budgets == "adaptive" else 1.0
+            kept, counts = choose_entries(pooled, self.fixed, self.budgets[index], floor)
+        else:
+            kept, counts = self._choose(pooled), self.slots.expand(-1, key.shape[1])
+        layer.keep(key, value, kept, self.columns - 1, counts)
         self.scores.append(pooled.cpu())
         self.kept.append(kept.cpu())
+        self.counts.append(counts.cpu())
+        if self.sparse is None:
+            return None
+        return self.sparse.attend(query, key, value, pooled, self.always, **kwargs)
 
     def _pool(self, scores: torch.Tensor) -> torch.Tensor:
         """Pool over rivals only: nothing outside for max, zeros outside for mean."""

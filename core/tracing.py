@@ -63,7 +63,7 @@ def trace(
         kept_prompt_indices=None if chosen is None else chosen.indices,
         lookahead_ids=lookahead,
         kv_scores=() if done is None else [layer[0, :, :rivals] for layer in done.scores],
-        kept_kv_indices=() if done is None else [list(layer[0]) for layer in done.kept],
+        kept_kv_indices=() if done is None else done.entries(0),
     )
 
 
