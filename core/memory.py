@@ -28,6 +28,11 @@ class Memory:
         """Size of keys and values as they are stored."""
         return sum(layer.bytes for layer in self.layers)
 
+    @property
+    def entry_bytes(self) -> int:
+        """Size of one token in a working cache: keys and values of all layers and heads."""
+        return sum(layer.entry_bytes for layer in self.layers)
+
     def shared(self, prompt: torch.Tensor, leave: int = 1) -> int:
         """How many first tokens of a prompt it holds, leaving at least `leave` to be read."""
         size = min(self.ids.numel(), prompt.numel() - leave)

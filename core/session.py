@@ -2,27 +2,54 @@
 
 The full keys and values of the documents stay outside (on the CPU, or in a file); for each question
 the draft's lookahead selects, and only the selected entries make up the small working cache. A
-question loses nothing that an earlier one evicted.
+question loses nothing that an earlier one evicted. While the target reads a question, one layer at
+a time is brought to its device as a whole, since the question's tokens attend to all of it.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
 
+from .clock import Clock
 from .config import Generation, Method, SpecKV
-from .errors import ModelError, PromptError
+from .errors import ConfigError, ModelError, PromptError
 from .memory import Memory, read_memory
+from .models import explain_out_of_memory, fingerprint
 from .pipeline import Memories, Pipeline
 from .prompt import Prompt
+from .session_files import SavedSession, read_files, write_files
+from .stored import Storage
 from .types import Answer, Chunk, Passage, PromptTokens, Segment
 
-_TENSORS, _DESCRIPTION = "memory.safetensors", "session.json"
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class SessionStats:
+    """What a session holds and what it cost to get; compare with `Answer.timings`.
+
+    A full working cache of the documents takes `tokens * entry_bytes`; the one of an answer takes
+    `Answer.cache_bytes` when its decoding starts.
+    """
+
+    tokens: int  # of the documents and what stands before them, by the target's tokenizer
+    storage: Storage
+    mapped: bool  # the bytes lie in a file and are paged in as they are used
+    target_bytes: int
+    draft_bytes: int  # 0 where the draft reads the documents anew for every question
+    entry_bytes: int  # of one token in a working cache of the target: all layers and heads
+    seconds: Mapping[str, float] = field(default_factory=dict, hash=False)  # "read" or "open"
+
+    @property
+    def bytes(self) -> int:
+        """Stored keys and values of both models."""
+        return self.target_bytes + self.draft_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +64,9 @@ class Session:
     system: str | None
     memories: Memories
     model_name: str
+    storage: Storage
+    mapped: bool
+    seconds: Mapping[str, float] = field(hash=False)
 
     def answer(
         self,
@@ -53,7 +83,8 @@ class Session:
             generation: Decoding options; greedy by default.
 
         Returns:
-            What `Engine.answer` returns for the same documents and method.
+            What `Engine.answer` returns for the same documents and method; with `storage="int8"`
+            up to the rounding of keys and values.
 
         Raises:
             ModelError: The method compresses text, which would have to be read again.
@@ -75,41 +106,139 @@ class Session:
         prompt = Prompt.from_question(question, self.passages, system=self.system)
         return self.pipeline.stream(prompt, method, options, "raise", self.memories)
 
+    def extend(self, passages: Sequence[str | Passage]) -> Session:
+        """A session with more documents behind these; only the new ones are read.
+
+        This session stays as it is and can still be asked.
+
+        Args:
+            passages: What is added; numbers and default ids go on from the last passage.
+
+        Raises:
+            PromptError: There is nothing to read, or all together exceed the target's window.
+        """
+        if not Prompt.from_question("?", passages).passages:
+            raise PromptError("There are no passages to add: give at least one.")
+        prompt = Prompt.from_question("?", [*self.passages, *passages], system=self.system)
+        clock = Clock()
+        with clock("read"):
+            memories = _read(self.pipeline, prompt, self.storage, self.memories)
+        return replace(
+            self,
+            passages=prompt.passages,
+            memories=memories,
+            mapped=False,
+            seconds=clock.seconds,
+        )
+
+    @property
+    def stats(self) -> SessionStats:
+        """Tokens, bytes and seconds."""
+        target, draft = self.memories.target, self.memories.draft
+        return SessionStats(
+            tokens=target.ids.numel(),
+            storage=self.storage,
+            mapped=self.mapped,
+            target_bytes=target.bytes,
+            draft_bytes=0 if draft is None else draft.bytes,
+            entry_bytes=target.entry_bytes,
+            seconds=dict(self.seconds),
+        )
+
     @property
     def bytes(self) -> int:
         """Size of the stored keys and values, the draft's included."""
-        draft = self.memories.draft
-        return self.memories.target.bytes + (0 if draft is None else draft.bytes)
+        return self.stats.bytes
 
     def save(self, path: str | Path) -> None:
-        """Write the session into a folder: safetensors and JSON, no code."""
-        folder = Path(path)
-        folder.mkdir(parents=True, exist_ok=True)
-        tensors: dict[str, torch.Tensor] = {}
-        for role, memory in (("target", self.memories.target), ("draft", self.memories.draft)):
-            if memory is None:
-                continue
-            tensors[f"{role}.ids"] = memory.ids
-            for layer, (keys, values) in enumerate(zip(memory.keys, memory.values, strict=True)):
-                tensors[f"{role}.{layer}.keys"] = keys.contiguous()
-                tensors[f"{role}.{layer}.values"] = values.contiguous()
-        save_file(tensors, folder / _TENSORS)
-        described = {
-            "model": self.model_name,
-            "system": self.system,
-            "passages": [
-                {"text": p.text, "id": p.id, "metadata": dict(p.metadata)} for p in self.passages
-            ],
-        }
-        text = json.dumps(described, ensure_ascii=False)
-        (folder / _DESCRIPTION).write_text(text, encoding="utf-8")
+        """Write the session into a folder: safetensors and JSON, no code.
+
+        A session that was saved there before is replaced; one that is mapped from it goes on
+        working with the old bytes.
+        """
+        saved = SavedSession(
+            model=self.model_name,
+            weights={role: fingerprint(model) for role, model in _models(self.pipeline).items()},
+            system=self.system,
+            storage=self.storage,
+            passages=self.passages,
+            memories={"target": self.memories.target, "draft": self.memories.draft},
+        )
+        write_files(saved, Path(path))
 
 
 def open_session(
-    pipeline: Pipeline, passages: Sequence[str | Passage], system: str | None, model_name: str
+    pipeline: Pipeline,
+    passages: Sequence[str | Passage],
+    system: str | None,
+    model_name: str,
+    storage: Storage = "memory",
 ) -> Session:
     """Read the documents with the target, and with the draft where there is one."""
+    if storage not in ("memory", "int8"):
+        raise ConfigError(f"There is no storage {storage!r}; there are 'memory' and 'int8'.")
     prompt = Prompt.from_question("?", passages, system=system)
+    clock = Clock()
+    with clock("read"):
+        memories = _read(pipeline, prompt, storage)
+    return Session(
+        pipeline, prompt.passages, system, memories, model_name, storage, False, clock.seconds
+    )
+
+
+def load_session(
+    pipeline: Pipeline, path: str | Path, model_name: str, mmap: bool = True
+) -> Session:
+    """Open what `Session.save` wrote.
+
+    Raises:
+        ModelError: There is no session, it is damaged, or it was made with other weights.
+    """
+    clock = Clock()
+    with clock("open"):
+        saved = read_files(Path(path), mmap)
+    ours = {role: fingerprint(model) for role, model in _models(pipeline).items()}
+    if saved.weights.get("target") != ours["target"]:
+        raise ModelError(
+            f"The session was read by {saved.model!r}, whose weights (or their quantisation) are "
+            f"not those of this engine's target {model_name!r}: load the same model, or read the "
+            "passages again."
+        )
+    target, draft = saved.memories["target"], saved.memories.get("draft")
+    assert target is not None  # checked by read_files
+    if "draft" in ours and (draft is None or saved.weights.get("draft") != ours["draft"]):
+        logger.warning(
+            "The session in %s was not read by this engine's draft, which will therefore read the "
+            "documents anew for every question. Save it once more from this engine.",
+            path,
+        )
+        draft = None
+    memories = Memories(target, draft if "draft" in ours else None)
+    return Session(
+        pipeline,
+        saved.passages,
+        saved.system,
+        memories,
+        model_name,
+        saved.storage,
+        mmap,
+        clock.seconds,
+    )
+
+
+def _models(pipeline: Pipeline) -> dict[str, PreTrainedModel]:
+    """The target and, where there is one, the draft."""
+    compressor = pipeline.compressor
+    return {
+        "target": pipeline.target,
+        **({} if compressor is None else {"draft": compressor.model}),
+    }
+
+
+def _read(
+    pipeline: Pipeline, prompt: Prompt, storage: Storage, known: Memories | None = None
+) -> Memories:
+    """Both models read a prompt's beginning, or what is new of it."""
     if not any(passage.text.strip() for passage in prompt.passages):
         raise PromptError("A session needs passages with text: there is nothing to read.")
     beginning = _beginning(pipeline.encoder.encode(prompt))
@@ -118,46 +247,24 @@ def open_session(
             f"The passages take {len(beginning)} tokens, the target reads at most "
             f"{pipeline.context_window}: give fewer."
         )
-    target = read_memory(pipeline.target, beginning)
-    draft = None
-    if pipeline.compressor is not None:
-        beginning = _beginning(pipeline.compressor.encoder.encode(prompt))
-        draft = read_memory(pipeline.compressor.model, beginning)
-    return Session(pipeline, prompt.passages, system, Memories(target, draft), model_name)
-
-
-def load_session(pipeline: Pipeline, path: str | Path, model_name: str) -> Session:
-    """Read what `Session.save` wrote; tensors are mapped from the file.
-
-    Raises:
-        ModelError: There is no session, or it was made with another model.
-    """
-    folder = Path(path)
-    if not (folder / _DESCRIPTION).is_file() or not (folder / _TENSORS).is_file():
-        raise ModelError(f"{str(folder)!r} holds no session: it lacks {_DESCRIPTION}, {_TENSORS}.")
-    described = json.loads((folder / _DESCRIPTION).read_text(encoding="utf-8"))
-    if described["model"] != model_name:
-        raise ModelError(
-            f"The session was read by {described['model']!r}, this engine's target is "
-            f"{model_name!r}: load the same model, or read the passages again."
+    with explain_out_of_memory(f"reading {len(beginning):,} tokens", **_models(pipeline)):
+        target = _remember(
+            pipeline.target, beginning, storage, None if known is None else known.target
         )
-    tensors = load_file(folder / _TENSORS)
-    target = _memory(tensors, "target")
-    assert target is not None  # saved by every session
-    draft = None if pipeline.compressor is None else _memory(tensors, "draft")
-    passages = tuple(Passage(**passage) for passage in described["passages"])
-    return Session(pipeline, passages, described["system"], Memories(target, draft), model_name)
+        draft = None
+        if pipeline.compressor is not None:
+            beginning = _beginning(pipeline.compressor.encoder.encode(prompt))
+            reader = pipeline.compressor.model
+            draft = _remember(reader, beginning, storage, None if known is None else known.draft)
+    return Memories(target, draft)
 
 
-def _memory(tensors: dict[str, torch.Tensor], role: str) -> Memory | None:
-    if f"{role}.ids" not in tensors:
-        return None
-    layers = sum(name.startswith(f"{role}.") and name.endswith(".keys") for name in tensors)
-    return Memory(
-        tensors[f"{role}.ids"],
-        tuple(tensors[f"{role}.{layer}.keys"] for layer in range(layers)),
-        tuple(tensors[f"{role}.{layer}.values"] for layer in range(layers)),
-    )
+def _remember(
+    model: PreTrainedModel, ids: torch.Tensor, storage: Storage, known: Memory | None
+) -> Memory:
+    if known is None:
+        return read_memory(model, ids, storage)
+    return known.grown(model, ids, storage)
 
 
 def _beginning(tokens: PromptTokens) -> torch.Tensor:
