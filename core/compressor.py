@@ -20,13 +20,14 @@ from .budget import Budget
 from .clock import Clock
 from .config import Generation, Quantization, SpecPC
 from .context import describe, unchanged
+from .deadline import deadline_after, until
 from .draft import read_draft
 from .encoding import PromptEncoder
 from .errors import ModelError, PromptError
-from .kept import fit, rank_units
+from .kept import fit, only_best, rank_units
 from .lookahead import greedy
 from .memory import Memory
-from .models import context_window, explain_out_of_memory, load_model
+from .models import accept, context_window, explain_out_of_memory, load_model
 from .prompt import DEFAULT_SYSTEM, Prompt
 from .types import CompressedContext, DraftReading, Passage, PromptTokens
 from .windows import group_texts, plan_groups, spread_scores
@@ -55,7 +56,7 @@ class Compressor:
         template_options: Mapping[str, Any] | None = None,
         progress: bool = True,
     ) -> None:
-        self.model = model.eval()
+        self.model = accept(model)
         self.progress = progress
         self.tokenizer = tokenizer
         self.encoder = PromptEncoder(tokenizer, template_options)
@@ -99,6 +100,7 @@ class Compressor:
         *,
         system: str | None = DEFAULT_SYSTEM,
         on_error: OnError = "raise",
+        timeout: float | None = None,
     ) -> CompressedContext:
         """Shorten passages to what the draft finds important for the question.
 
@@ -109,6 +111,8 @@ class Compressor:
             system: System text that stands in the prompt, never shortened.
             on_error: "raise", or "original" to get the passages back unchanged, with a logged
                 warning and the reason in `stats.fallback`.
+            timeout: Seconds after which the request fails, checked between the draft's layers;
+                None for no limit.
 
         Returns:
             Passages in their order, kept spans in characters of the originals, and sizes. No
@@ -118,6 +122,7 @@ class Compressor:
             PromptError: The question is empty, or cannot be put into a prompt.
             BudgetError: Question and system text exceed the capacity.
             OutOfMemoryError: The draft's pass does not fit into memory.
+            RequestTimeoutError: The time is up.
         """
         try:
             prompt = Prompt.from_question(question, passages, system=system)
@@ -125,7 +130,8 @@ class Compressor:
             if on_error == "raise":
                 raise
             return self._unreadable(passages, error)
-        return self.compress_prompt(prompt, method, on_error=on_error)[1]
+        with until(deadline_after(timeout)):
+            return self.compress_prompt(prompt, method, on_error=on_error)[1]
 
     async def acompress(
         self,
@@ -135,10 +141,17 @@ class Compressor:
         *,
         system: str | None = DEFAULT_SYSTEM,
         on_error: OnError = "raise",
+        timeout: float | None = None,
     ) -> CompressedContext:
         """`compress` in a worker thread; the event loop stays free."""
         return await asyncio.to_thread(
-            self.compress, question, passages, method, system=system, on_error=on_error
+            self.compress,
+            question,
+            passages,
+            method,
+            system=system,
+            on_error=on_error,
+            timeout=timeout,
         )
 
     def compress_prompt(
@@ -193,6 +206,55 @@ class Compressor:
             return greedy(self.model, ids, room, memory.start(self.model, ids))
         return greedy(self.model, ids, room)
 
+    def guess_answer(
+        self,
+        question: str,
+        passages: Sequence[str | Passage],
+        tokens: int = 16,
+        *,
+        system: str | None = DEFAULT_SYSTEM,
+        on_error: OnError = "raise",
+    ) -> str:
+        """The draft's own answer from passages, right or wrong, as words for a second search.
+
+        Args:
+            question: The user's question.
+            passages: Retrieved texts; sieved first where the draft cannot read all of them.
+            tokens: Most tokens of the answer.
+            system: As for `compress`.
+            on_error: "raise", or "original" for no answer where the draft fails, with a warning.
+
+        Returns:
+            The answer's text; "" if there is none.
+        """
+        try:
+            prompt = Prompt.from_question(question, passages, system=system)
+            window = context_window(self.model)
+            if window is not None:
+                prompt = self.compress_prompt(prompt, SpecPC(capacity=window - tokens))[0]
+            with explain_out_of_memory(draft=self.model):
+                ids = self.guess(prompt, tokens)
+        except Exception as error:
+            if on_error == "raise":
+                raise
+            logger.warning("The draft guessed no answer: %s", error, exc_info=True)
+            return ""
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip()
+
+    async def aguess_answer(
+        self,
+        question: str,
+        passages: Sequence[str | Passage],
+        tokens: int = 16,
+        *,
+        system: str | None = DEFAULT_SYSTEM,
+        on_error: OnError = "raise",
+    ) -> str:
+        """`guess_answer` in a worker thread; the event loop stays free."""
+        return await asyncio.to_thread(
+            self.guess_answer, question, passages, tokens, system=system, on_error=on_error
+        )
+
     def count_tokens(self, text: str) -> int:
         """Tokens of a text under the draft's tokenizer, without special tokens."""
         return self.encoder.count(text)
@@ -204,16 +266,21 @@ class Compressor:
         with clock("encode"):
             tokens = self.encoder.encode(prompt)
             budget = Budget.of(method, tokens)
-        if budget.measure(tokens) <= budget.limit:
+        size = int((~tokens.protected).sum())
+        whole = size < method.min_tokens or budget.measure(tokens) <= budget.limit
+        if not size or (whole and method.max_passages is None):
             return prompt, unchanged(prompt, tokens, seconds=clock.seconds, method=method)
         fixed = len(self.encoder.encode(prompt.with_texts([""] * len(prompt.passages))))
         budget.require_room(fixed)
-        with clock("draft"):
+        room = f"capacity {budget.limit:,}" if budget.whole_prompt else f"ratio {method.ratio}"
+        work = f"the draft read a prompt of {len(tokens):,} tokens ({room})"
+        with clock("draft"), explain_out_of_memory(work, draft=self.model):
             lookahead = method.lookahead_tokens or max_new_tokens or Generation().max_new_tokens
             reading = self._read(prompt, tokens, fixed, method, lookahead)
             scores = reading.scores
         with clock("select"):
             texts = [passage.text for passage in prompt.passages]
+            texts = only_best(texts, tokens, scores, method.max_passages)
             kept = fit(
                 texts,
                 rank_units(texts, tokens, scores, method),

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from .config import SpecPC
-from .kept import scored_spans
+from .kept import passage_scores, scored_spans
 from .prompt import Prompt
 from .types import CompressedContext, CompressionStats, PassageStats, PromptTokens
 
@@ -39,10 +39,7 @@ def describe(
         fallback: Why nothing was compressed although it was asked for.
     """
     ids = [passage.id or "" for passage in prompt.passages]
-    best = torch.zeros(len(ids))
-    if scores is not None and len(ids):
-        inside = tokens.passage >= 0
-        best = best.scatter_reduce(0, tokens.passage[inside].long(), scores[inside], "amax")
+    best = torch.zeros(len(ids)) if scores is None else passage_scores(tokens, scores, len(ids))
     sizes = tuple(
         PassageStats(before, now, score)
         for before, now, score in zip(

@@ -26,7 +26,12 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from .cache import attending
 from .config import Generation
+from .constrained import Constraint
+from .deadline import check_deadline
+from .tree_reader import TreeReader, obstacle
+from .verify import Speculation, verified_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,25 +54,35 @@ def from_scratch(model: PreTrainedModel, prompts: Sequence[torch.Tensor]) -> Sta
 def next_tokens(
     model: PreTrainedModel,
     prompts: Sequence[torch.Tensor],
-    generation: Generation,
+    generation: Generation | Sequence[Generation],
     start: Start | None = None,
+    constraints: Sequence[Constraint | None] | None = None,
+    speculation: Speculation | None = None,
 ) -> Iterator[list[int]]:
     """Generate token by token; close the iterator to stop, which frees the KV cache.
 
     Args:
         model: The target.
         prompts: One (tokens,) int64 tensor per row.
-        generation: Sampling options; `max_new_tokens` bounds the steps, end tokens do not.
+        generation: Sampling options, of all rows or one for each; the largest `max_new_tokens`
+            bounds the steps, end tokens do not.
         start: A prefilled cache; None reads the prompts.
+        constraints: Where each row stands in its grammar, or None for rows without one.
+        speculation: Drafts for a single row; where the model or the cache cannot verify them, its
+            tally says why and decoding goes on without.
 
     Yields:
         The next token of every row.
     """
     start = start or from_scratch(model, prompts)
-    samplers = [_Sampler(prompt, generation) for prompt in prompts]
+    options = _each(generation, len(prompts))
+    grammars = constraints or [None] * len(prompts)
+    samplers = [_Sampler(*row) for row in zip(prompts, options, grammars, strict=True)]
     feed, mask, positions = start.feed, start.mask, start.positions
-    for step in range(generation.max_new_tokens):
-        with torch.no_grad():
+    steps = max(row.max_new_tokens for row in options)
+    for step in range(steps):
+        check_deadline()
+        with torch.no_grad(), attending(model, start.cache):
             logits = model(
                 input_ids=feed,
                 attention_mask=mask,
@@ -78,10 +93,28 @@ def next_tokens(
             ).logits[:, -1]  # (batch, vocabulary)
         chosen = [sampler.choose(row) for sampler, row in zip(samplers, logits, strict=True)]
         yield chosen
-        if step + 1 < generation.max_new_tokens:
+        if speculation is not None and _can_verify(model, start.cache, speculation):
+            reader = TreeReader(model, start.cache, mask)
+            said = prompts[0].tolist()
+            rest = verified_tokens(
+                reader, samplers[0].choose, speculation, said, chosen[0], steps - 1
+            )
+            for token in rest:
+                yield [token]
+            return
+        if step + 1 < steps:
             feed = torch.tensor(chosen, device=mask.device).unsqueeze(1)
             mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
             positions = positions[:, -1:] + 1
+
+
+def _can_verify(model: PreTrainedModel, cache: Cache, speculation: Speculation) -> bool:
+    speculation.tally.note = speculation.tally.note or obstacle(model, cache)
+    return speculation.tally.note is None
+
+
+def _each(generation: Generation | Sequence[Generation], rows: int) -> Sequence[Generation]:
+    return [generation] * rows if isinstance(generation, Generation) else generation
 
 
 def pad_left(
@@ -100,7 +133,10 @@ def pad_left(
 class _Sampler:
     """Chooses one row's tokens with transformers' logits processors and its own generator."""
 
-    def __init__(self, prompt: torch.Tensor, options: Generation) -> None:
+    def __init__(
+        self, prompt: torch.Tensor, options: Generation, constraint: Constraint | None = None
+    ) -> None:
+        self.constraint = constraint
         self.greedy = options.temperature == 0.0
         self.processors = _processors(options)
         self.seen = prompt.tolist() if self.processors else []
@@ -112,6 +148,13 @@ class _Sampler:
 
     def choose(self, logits: torch.Tensor) -> int:
         """Args: logits (vocabulary,). Returns: a token id."""
+        if self.constraint is None:
+            return self._pick(logits)
+        token = self._pick(self.constraint.mask(logits))
+        self.constraint.accept(token)
+        return token
+
+    def _pick(self, logits: torch.Tensor) -> int:
         if self.greedy and not self.processors:
             return int(logits.argmax())
         scores = logits.float().cpu().unsqueeze(0)  # (1, vocabulary)
@@ -149,13 +192,14 @@ class RowText:
     """Turns one row's tokens into text as they come, and knows when the row is finished.
 
     A character whose last bytes never come is left out. Text that may become a stop string is
-    held back until that is decided.
+    held back until that is decided. Where a grammar leaves nothing to say, the row is finished.
     """
 
     tokenizer: Tokenizer
     ends: frozenset[int]
     stop: tuple[str, ...]
     limit: int
+    constraint: Constraint | None = None
     tokens: int = 0
     finish_reason: str | None = None
     _held: str = ""
@@ -173,6 +217,8 @@ class RowText:
         if found:
             self._held = self._held[: min(found)]
             return self._finish("stop_string")
+        if self.constraint is not None and self.constraint.complete:
+            return self._finish("stop")
         if self.tokens >= self.limit:
             return self._finish("length")
         ready = len(self._held) - self._undecided()
@@ -198,12 +244,14 @@ class RowText:
 def decode_text(
     model: PreTrainedModel,
     prompts: Sequence[torch.Tensor],
-    generation: Generation,
+    generation: Generation | Sequence[Generation],
     rows: Sequence[RowText],
     start: Start | None = None,
+    speculation: Speculation | None = None,
 ) -> Iterator[list[str]]:
     """Generate until every row is finished; yields each row's new text at every step."""
-    steps = next_tokens(model, prompts, generation, start)
+    grammars = [row.constraint for row in rows]
+    steps = next_tokens(model, prompts, generation, start, grammars, speculation)
     try:
         for chosen in steps:
             yield [row.push(token) for row, token in zip(rows, chosen, strict=True)]

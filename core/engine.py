@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from tqdm import tqdm
@@ -16,14 +16,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .compressor import Compressor, OnError
 from .config import Generation, Method, Quantization, SpecPC
+from .drafters.store import TrigramStore
 from .encoding import PromptEncoder
 from .errors import ModelError, PromptError
-from .models import context_window, explain_out_of_memory, load_model
+from .models import accept, context_window, explain_out_of_memory, load_model
 from .pipeline import Pipeline
 from .prompt import DEFAULT_SYSTEM, Prompt
 from .session import Session, load_session, open_session
+from .stored import Storage
 from .tracing import trace
 from .types import Answer, Chunk, CompressedContext, Passage, Trace
+
+T = TypeVar("T")
 
 
 class Engine:
@@ -37,6 +41,8 @@ class Engine:
         template_options: Extra arguments of both chat templates, such as `enable_thinking`.
         name: What `model_name` says.
         progress: Show bars for long work (many prompts, prompts beyond the draft's window).
+        draft_store: Tri-grams for `Generation(drafting="aded")`, as from `draftsieve drafts build`.
+            It remembers text, and so does None: an own store, filled by this engine's requests.
     """
 
     def __init__(
@@ -49,10 +55,11 @@ class Engine:
         template_options: Mapping[str, Any] | None = None,
         name: str | None = None,
         progress: bool = True,
+        draft_store: TrigramStore | None = None,
     ) -> None:
         self.progress = progress
-        self.target = target_model.eval()
-        self.draft = None if draft_model is None else draft_model.eval()
+        self.target = accept(target_model)
+        self.draft = None if draft_model is None else accept(draft_model)
         self.model_name = name or target_model.config.name_or_path or "target"
         self.context_window = context_window(target_model)
         self.tokenizer = tokenizer
@@ -65,7 +72,9 @@ class Engine:
             )
         if tokenizer is not None:
             encoder = PromptEncoder(tokenizer, template_options)
-            self._pipeline = Pipeline(target_model, tokenizer, encoder, self.compressor)
+            self._pipeline = Pipeline(
+                target_model, tokenizer, encoder, self.compressor, draft_store
+            )
 
     @classmethod
     def load(
@@ -81,6 +90,7 @@ class Engine:
         template_options: Mapping[str, Any] | None = None,
         trust_remote_code: bool = False,
         progress: bool = True,
+        draft_store: TrigramStore | None = None,
     ) -> Engine:
         """Load a pair: "builtin:target" with "builtin:draft", folders, or hub ids.
 
@@ -95,6 +105,7 @@ class Engine:
             template_options: Extra arguments of both chat templates.
             trust_remote_code: Run code that a hub repository carries; off unless you ask for it.
             progress: Show bars while loading and for long work.
+            draft_store: See `Engine`.
 
         Raises:
             ModelNotFoundError: A model does not exist or cannot be reached.
@@ -117,6 +128,7 @@ class Engine:
             template_options=template_options,
             name=big.name,
             progress=progress,
+            draft_store=draft_store,
         )
 
     # -- question and passages ------------------------------------------------------------------
@@ -217,24 +229,46 @@ class Engine:
         prompts: Sequence[Prompt],
         *,
         method: Method | None = None,
-        generation: Generation | None = None,
+        generation: Generation | Sequence[Generation] | None = None,
         on_error: OnError = "raise",
     ) -> list[Answer]:
         """Answer several prompts, decoded as one left-padded batch.
 
         In float32 each row gets what it gets alone, token for token.
+
+        Args:
+            prompts: The prompts.
+            method: As for `answer`.
+            generation: Decoding options of all prompts, or one for each.
+            on_error: As for `answer`.
         """
-        options = generation or Generation()
+        return list(self._steps(prompts, method, generation, on_error))[-1]
+
+    def _steps(
+        self,
+        prompts: Sequence[Prompt],
+        method: Method | None = None,
+        generation: Generation | Sequence[Generation] | None = None,
+        on_error: OnError = "raise",
+    ) -> Iterator[list[Answer]]:
+        """Nothing for each step of a batch, at last its answers."""
+        each = generation or Generation()
+        options = [each] * len(prompts) if isinstance(each, Generation) else each
         quiet = not self.progress or method is None or len(prompts) < 4
         bar = tqdm(prompts, "Draft reads prompts", leave=False, disable=quiet)
         pipeline = self._need_pipeline()
-        requests = [pipeline.prepare(prompt, method, options, on_error) for prompt in bar]
+        requests = [
+            pipeline.prepare(prompt, method, own, on_error)
+            for prompt, own in zip(bar, options, strict=True)
+        ]
         if not requests:
-            return []
+            yield []
+            return
         texts = [""] * len(requests)
-        for pieces in pipeline.decode(requests, options):
+        for pieces in pipeline.decode(requests):
             texts = [text + piece for text, piece in zip(texts, pieces, strict=True)]
-        return [request.answer(text) for request, text in zip(requests, texts, strict=True)]
+            yield []
+        yield [request.answer(text) for request, text in zip(requests, texts, strict=True)]
 
     def stream_prompt(
         self,
@@ -251,6 +285,10 @@ class Engine:
     async def agenerate(self, prompt: Prompt, **options: Any) -> Answer:
         """`generate` without blocking the event loop, as `aanswer`; takes the same options."""
         return await _last(self.astream_prompt(prompt, **options))
+
+    async def agenerate_many(self, prompts: Sequence[Prompt], **options: Any) -> list[Answer]:
+        """`generate_many` without blocking the event loop, as `aanswer`; takes the same options."""
+        return [step async for step in _in_threads(self._steps(prompts, **options))][-1]
 
     def astream_prompt(self, prompt: Prompt, **options: Any) -> AsyncIterator[Chunk]:
         """`stream_prompt` without blocking the event loop; takes the same options."""
@@ -273,24 +311,48 @@ class Engine:
         )
 
     def session(
-        self, passages: Sequence[str | Passage], *, system: str | None = DEFAULT_SYSTEM
+        self,
+        passages: Sequence[str | Passage],
+        *,
+        system: str | None = DEFAULT_SYSTEM,
+        storage: Storage = "memory",
     ) -> Session:
         """Read documents once, ask many questions (see `Session`).
 
         Args:
             passages: The documents; their keys and values stay on the CPU, outside any cache.
             system: System text in front of them.
+            storage: "memory" for the models' own numbers, or "int8" for a rounded quarter of their
+                size in float32 (half in bfloat16); answers may then differ in rare words.
 
         Raises:
             PromptError: There is nothing to read, or more than the target's window holds.
             ModelError: A layer of a model is not plain full attention.
         """
-        with explain_out_of_memory(target=self.target, draft=self.draft):
-            return open_session(self._need_pipeline(), passages, system, self.model_name)
+        return open_session(self._need_pipeline(), passages, system, self.model_name, storage)
 
-    def load_session(self, path: str | Path) -> Session:
-        """Open what `Session.save` wrote; the same target must be loaded."""
-        return load_session(self._need_pipeline(), path, self.model_name)
+    def load_session(self, path: str | Path, *, mmap: bool = True) -> Session:
+        """Open what `Session.save` wrote; the same target must be loaded.
+
+        Args:
+            path: The session's folder.
+            mmap: Leave keys and values in the file, from where the system pages them in as they
+                are used; False reads them into memory.
+
+        Raises:
+            ModelError: There is no session, it is damaged, or it was made with other weights.
+        """
+        return load_session(self._need_pipeline(), path, self.model_name, mmap)
+
+    @property
+    def footprint(self) -> dict[str, int]:
+        """Bytes of the weights of each model, "target" and "draft", as they are loaded."""
+        models = {"target": self.target, "draft": self.draft}
+        return {
+            role: int(model.get_memory_footprint())
+            for role, model in models.items()
+            if model is not None
+        }
 
     def trace(
         self, input_ids: torch.Tensor, method: Method | None = None, max_new_tokens: int = 16
@@ -309,7 +371,14 @@ class Engine:
             raise PromptError(
                 f"trace takes ids of shape (1, tokens), got {tuple(input_ids.shape)}."
             )
-        return trace(self.target, self.draft, input_ids, method, max_new_tokens)
+        work = f"tracing {input_ids.shape[1]:,} tokens with {method!r}"
+        with explain_out_of_memory(work, target=self.target, draft=self.draft):
+            return trace(self.target, self.draft, input_ids, method, max_new_tokens)
+
+    @property
+    def draft_store(self) -> TrigramStore:
+        """What drafting has learnt from this engine's requests; it can be saved."""
+        return self._need_pipeline().drafters.store
 
     def count_tokens(self, text: str) -> int:
         """Tokens of a text under the target's tokenizer, without special tokens."""
@@ -334,9 +403,9 @@ async def _last(chunks: AsyncIterator[Chunk]) -> Answer:
     return answer
 
 
-async def _in_threads(chunks: Iterator[Chunk]) -> AsyncIterator[Chunk]:
+async def _in_threads(chunks: Iterator[T]) -> AsyncIterator[T]:
     """Run each step of a stream in a worker thread; leaving early closes the stream."""
-    step: asyncio.Future[Chunk | None] | None = None
+    step: asyncio.Future[T | None] | None = None
     try:
         while True:
             step = asyncio.ensure_future(asyncio.to_thread(next, chunks, None))

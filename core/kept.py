@@ -47,6 +47,7 @@ def rank_units(
 
     Tokens and words follow the paper's order (pooled score, then neighbours); sentences and
     passages are ordered by their best token. Protected tokens lend nothing to their neighbours.
+    Passages with an empty text take no part.
 
     Args:
         texts: The passages' texts.
@@ -54,9 +55,9 @@ def rank_units(
         scores: (tokens,) from the draft.
         options: Pooling, neighbours and unit.
     """
-    competing = ~tokens.protected  # (tokens,)
+    competing = _competing(texts, tokens)
     scores = scores * competing
-    table, unit_of = _units(texts, tokens, options)
+    table, unit_of = _units(texts, tokens, competing.numpy(), options)
     if options.unit in ("token", "word"):
         pooled = pool(scores, options.kernel_size, options.pool)
         limit = int(competing.sum())
@@ -74,12 +75,18 @@ def rank_units(
     return RankedUnits(table[ordered, 0], table[ordered, 1], table[ordered, 2], cost)
 
 
+def _competing(texts: Sequence[str], tokens: PromptTokens) -> torch.Tensor:
+    """(tokens,) bool: the tokens of passages that still have a text."""
+    has_text = torch.tensor([*(bool(text) for text in texts), False])  # the last is no passage
+    competing: torch.Tensor = has_text[tokens.passage.long()] & ~tokens.protected
+    return competing
+
+
 def _units(
-    texts: Sequence[str], tokens: PromptTokens, options: SpecPC
+    texts: Sequence[str], tokens: PromptTokens, competing: np.ndarray, options: SpecPC
 ) -> tuple[np.ndarray, np.ndarray]:
     """(units, 3) passage, start, end; and (tokens,) the unit of each token, -1 for none."""
     passage, start, end = (x.numpy() for x in (tokens.passage, tokens.start, tokens.end))
-    competing = ~tokens.protected.numpy()
     unit_of = np.full(len(tokens), -1, dtype=np.int64)
     if options.unit == "token":
         places = np.nonzero(competing)[0]
@@ -99,6 +106,35 @@ def _units(
         unit_of[places[inside]] = len(rows) + found[inside]
         rows.extend((index, begin, stop) for begin, stop in bounds)
     return np.array(rows, dtype=np.int64).reshape(-1, 3), unit_of
+
+
+def passage_scores(tokens: PromptTokens, scores: torch.Tensor, count: int) -> torch.Tensor:
+    """(passages,) the best score among each one's tokens; 0 without tokens.
+
+    Args:
+        tokens: The prompt.
+        scores: (tokens,) from the draft.
+        count: Number of passages.
+    """
+    inside = tokens.passage >= 0
+    best = torch.zeros(count)
+    return best.scatter_reduce(0, tokens.passage[inside].long(), scores[inside], "amax")
+
+
+def only_best(
+    texts: Sequence[str], tokens: PromptTokens, scores: torch.Tensor, most: int | None
+) -> list[str]:
+    """The texts with all but the `most` best-scored passages emptied; equal ones in their order.
+
+    Args:
+        texts: The passages' texts.
+        tokens: The prompt.
+        scores: (tokens,) from the draft.
+        most: Number of passages left; None for all.
+    """
+    best = passage_scores(tokens, scores, len(texts)).argsort(descending=True, stable=True)
+    chosen = set(best[:most].tolist())
+    return [text if index in chosen else "" for index, text in enumerate(texts)]
 
 
 def fit(
@@ -122,6 +158,8 @@ def fit(
         marker: Text between kept spans.
     """
     original = [count(text) for text in texts]
+    if (size := measure(texts)) <= limit:
+        return KeptText(tuple(texts), tuple(((0, len(t)),) if t else () for t in texts), size)
     bounds = tuple(() for _ in texts)
     best = KeptText(tuple("" for _ in texts), bounds, measure(["" for _ in texts]))
     low, high, guess = 1, int(ranked.cost.sum()), first_guess

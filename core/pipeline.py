@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .cache import has_sliding_layers
+from .cache import cache_bytes, has_sliding_layers
 from .clock import Clock
 from .compressor import Compressor, OnError
 from .config import Generation, Method, SpecKV
+from .constrained import Grammars
+from .deadline import deadline_after, until
 from .decode import RowText, decode_text
 from .draft import end_token_ids
+from .drafters.store import TrigramStore
+from .drafting import Drafters, DraftPlan
 from .encoding import PromptEncoder
 from .errors import NO_DRAFT, BudgetError, ModelError, PromptError
 from .lookahead import look_ahead
@@ -21,8 +25,10 @@ from .memory import Memory
 from .models import context_window, explain_out_of_memory
 from .prompt import Prompt
 from .speckv import evict, token_capacity
+from .tools import ToolReader, parse_tool_calls
 from .tracing import stages
 from .types import Answer, Chunk, CompressedContext, PromptTokens, Usage
+from .verify import Speculation
 
 MAX_LOOKAHEAD = 256  # tokens that the draft guesses at most unless the method says otherwise
 
@@ -34,10 +40,15 @@ class Request:
     ids: torch.Tensor  # (tokens,) what the target reads
     original_tokens: int
     context: CompressedContext | None
+    options: Generation
     clock: Clock
     row: RowText
     eviction: EvictionPlan | None
     memory: Memory | None  # of the prompt's beginning; requests with one run alone
+    reads_tools: bool  # the answer may hold tool calls
+    deadline: float | None
+    drafts: DraftPlan | None  # None: no drafting
+    sizes: dict[str, int] = field(default_factory=dict)  # bytes, filled in on the way
 
     @property
     def protected(self) -> torch.Tensor:
@@ -47,14 +58,19 @@ class Request:
 
     def answer(self, text: str) -> Answer:
         entries = None if self.eviction is None else self.eviction.capacity
+        said, calls, broken = parse_tool_calls(text) if self.reads_tools else (text, (), ())
         return Answer(
-            text=text,
+            text=said,
             spans=() if self.context is None else self.context.spans,
             usage=Usage(self.original_tokens, self.ids.numel(), self.row.tokens, entries),
             timings=dict(self.clock.seconds),
             finish_reason=self.row.finish_reason or "length",
             lookahead=None if self.eviction is None else self.eviction.text,
             context=self.context,
+            cache_bytes=None if entries is None else self.sizes.get("cache"),
+            tool_calls=calls,
+            broken_calls=broken,
+            drafting=None if self.drafts is None else self.drafts.tally.value(),
         )
 
 
@@ -87,6 +103,15 @@ def _protected_entries(tokens: PromptTokens, method: SpecKV, capacity: int) -> t
     return tokens.protected
 
 
+def _describe(requests: Sequence[Request]) -> str:
+    """What is done and how large it is, for an error message."""
+    longest = max((request.ids.numel() for request in requests), default=0)
+    count = "a prompt of" if len(requests) == 1 else f"{len(requests)} prompts of up to"
+    kept = [request.eviction.capacity for request in requests if request.eviction is not None]
+    cache = f"a cache capacity of {max(kept):,} entries" if kept else "a full cache, no SpecKV"
+    return f"answering {count} {longest:,} tokens ({cache})"
+
+
 @dataclass(frozen=True, slots=True)
 class Memories:
     """What both models know of a session's documents."""
@@ -103,6 +128,7 @@ class Pipeline:
         tokenizer: Its tokenizer.
         encoder: Its prompt encoder.
         compressor: The draft, or None.
+        draft_store: Tri-grams for drafting, shared with whoever else has them; None for own ones.
     """
 
     def __init__(
@@ -111,15 +137,19 @@ class Pipeline:
         tokenizer: PreTrainedTokenizerBase,
         encoder: PromptEncoder,
         compressor: Compressor | None,
+        draft_store: TrigramStore | None = None,
     ) -> None:
         self.target, self.tokenizer, self.encoder = target, tokenizer, encoder
         self.compressor = compressor
         self.context_window = context_window(target)
+        self._grammars = Grammars(tokenizer.backend_tokenizer)
         self._models = {"target": target, "draft": None if compressor is None else compressor.model}
         theirs = None if compressor is None else compressor.tokenizer
         self._same_tokens = (
             theirs is None or theirs is tokenizer or (theirs.get_vocab() == tokenizer.get_vocab())
         )
+        draft = self._models["draft"]
+        self.drafters = Drafters(tokenizer, draft, self._same_tokens, draft_store)
 
     def stream(
         self,
@@ -131,12 +161,14 @@ class Pipeline:
     ) -> Iterator[Chunk]:
         """One request piece by piece; the last chunk carries the answer."""
         request = self.prepare(prompt, method, options, on_error, memories)
+        reader = ToolReader() if request.reads_tools else None
         text = ""
-        for (piece,) in self.decode([request], options):
-            if piece:
-                text += piece
-                yield Chunk(piece)
-        yield Chunk("", request.answer(text))
+        for (piece,) in self.decode([request]):
+            text += piece
+            said, calls = (piece, ()) if reader is None else reader.push(piece)
+            if said or calls:
+                yield Chunk(said, tool_calls=calls)
+        yield Chunk("" if reader is None else reader.close(), request.answer(text))
 
     def prepare(
         self,
@@ -148,11 +180,13 @@ class Pipeline:
     ) -> Request:
         """Compress and encode one prompt, and let the draft guess where the method needs it."""
         specpc, speckv = stages(method)
-        clock = Clock()
+        if options.drafting is not None:
+            self.drafters.check(options.drafting)
+        clock, deadline = Clock(), deadline_after(options.timeout)
         context: CompressedContext | None = None
         shorter = prompt
         if specpc is not None:
-            with explain_out_of_memory(**self._models):
+            with until(deadline), explain_out_of_memory("", **self._models):
                 shorter, context = self.need_compressor().compress_prompt(
                     prompt, specpc, on_error=on_error, max_new_tokens=options.max_new_tokens
                 )
@@ -168,11 +202,28 @@ class Pipeline:
             )
         eviction = None
         if speckv is not None:
-            with clock("draft"):
+            with until(deadline), clock("draft"):
                 eviction = self._plan_eviction(shorter, tokens, context, speckv, options, memories)
+        drafts = None
+        if options.drafting is not None:
+            drafts = self._plan_drafts(
+                options, tokens.ids, original.ids, shorter, context, eviction, memories
+            )
         row = self._row(len(tokens), options)
         memory = None if memories is None else memories.target
-        return Request(tokens.ids, len(original), context, clock, row, eviction, memory)
+        return Request(
+            ids=tokens.ids,
+            original_tokens=len(original),
+            context=context,
+            options=options,
+            clock=clock,
+            row=row,
+            eviction=eviction,
+            memory=memory,
+            reads_tools=bool(prompt.tools),
+            deadline=deadline,
+            drafts=drafts,
+        )
 
     def _plan_eviction(
         self,
@@ -194,7 +245,8 @@ class Pipeline:
             return self._draft_guess(prompt, context, wanted, memories)
 
         wanted = method.lookahead_tokens or min(options.max_new_tokens, MAX_LOOKAHEAD)
-        with explain_out_of_memory(**self._models), torch.no_grad():
+        work = f"guessing the answer to a prompt of {len(tokens):,} tokens (capacity {capacity:,})"
+        with explain_out_of_memory(work, **self._models), torch.no_grad():
             guessed = look_ahead(
                 self.target, tokens.ids, method, capacity, wanted, draft, protected
             )
@@ -221,17 +273,42 @@ class Pipeline:
         text = str(compressor.tokenizer.decode(guessed.tolist(), skip_special_tokens=True))
         return torch.tensor(self.encoder.encode_text(text), dtype=torch.int64)
 
+    def _plan_drafts(
+        self,
+        options: Generation,
+        ids: torch.Tensor,
+        original: torch.Tensor,
+        prompt: Prompt,
+        context: CompressedContext | None,
+        eviction: EvictionPlan | None,
+        memories: Memories | None,
+    ) -> DraftPlan:
+        """What drafting starts from; a guess is made later, and only where nobody made one yet."""
+        assert options.drafting is not None
+        guess = None if eviction is None else eviction.lookahead
+        if guess is None and context is not None and len(context.lookahead_ids) > 1:
+            guess = self._draft_guess(prompt, context, 0, None)
+
+        def ask() -> torch.Tensor:
+            wanted = min(options.max_new_tokens, MAX_LOOKAHEAD)
+            return self._draft_guess(prompt, None, wanted, memories)
+
+        known = guess if guess is not None and guess.numel() else None
+        return DraftPlan(options.drafting, ids, original, known, ask)
+
     def _row(self, prompt_tokens: int, options: Generation) -> RowText:
         """The answer of one row, ended by the generation's limit or the target's window."""
         room = (self.context_window or prompt_tokens + options.max_new_tokens) - prompt_tokens
+        ends, grammar = frozenset(end_token_ids(self.target).tolist()), options.grammar
         return RowText(
             tokenizer=self.tokenizer.backend_tokenizer,
-            ends=frozenset(end_token_ids(self.target).tolist()),
+            ends=ends,
             stop=options.stop,
             limit=max(1, min(options.max_new_tokens, room)),
+            constraint=None if grammar is None else self._grammars.start(grammar, ends),
         )
 
-    def decode(self, requests: Sequence[Request], options: Generation) -> Iterator[list[str]]:
+    def decode(self, requests: Sequence[Request]) -> Iterator[list[str]]:
         """Read the prompts and generate as one batch; yields each request's new text.
 
         Evicted caches of models with sliding windows cannot be padded: those run one by one.
@@ -239,17 +316,21 @@ class Pipeline:
         evicts = any(request.eviction is not None for request in requests)
         if len(requests) > 1 and evicts and has_sliding_layers(self.target):
             for place, request in enumerate(requests):
-                for (piece,) in self.decode([request], options):
+                for (piece,) in self.decode([request]):
                     yield [piece if i == place else "" for i in range(len(requests))]
             return
         prompts = [request.ids for request in requests]
         rows = [request.row for request in requests]
+        deadlines = [r.deadline for r in requests if r.deadline is not None]
+        deadline = min(deadlines, default=None)
         stage = "prefill"
-        with explain_out_of_memory(**self._models):
-            steps = self._steps(requests, prompts, options, rows)
+        with explain_out_of_memory(_describe(requests), **self._models):
+            with until(deadline):
+                speculation = self._speculate(requests)
+            steps = self._steps(requests, prompts, rows, speculation)
             while True:
                 clock = Clock()
-                with clock(stage):
+                with until(deadline), clock(stage):
                     pieces = next(steps, None)
                 for request in requests:
                     request.clock.add(clock.seconds)
@@ -258,12 +339,26 @@ class Pipeline:
                 yield pieces
                 stage = "decode"
 
+    def _speculate(self, requests: Sequence[Request]) -> Speculation | None:
+        """The drafter of a request that runs alone; rows of a batch are told why they have none."""
+        planned = [request for request in requests if request.drafts is not None]
+        if len(requests) > 1:
+            for request in planned:
+                assert request.drafts is not None
+                request.drafts.tally.note = f"decoded in a batch of {len(requests)} prompts"
+            return None
+        for request in planned:
+            assert request.drafts is not None
+            with request.clock("draft"):
+                return self.drafters.start(request.drafts)
+        return None
+
     def _steps(
         self,
         requests: Sequence[Request],
         prompts: Sequence[torch.Tensor],
-        options: Generation,
         rows: Sequence[RowText],
+        speculation: Speculation | None,
     ) -> Iterator[list[str]]:
         """Evict while the prompts are read, if a method asks for it, and decode."""
         plans = [request.eviction for request in requests]
@@ -283,9 +378,12 @@ class Pipeline:
                 [request.protected for request in requests],
                 requests[0].memory,
             ).start
+            for request in requests:
+                request.sizes["cache"] = cache_bytes(start.cache) // len(requests)
         elif requests[0].memory is not None:
             start = requests[0].memory.start(self.target, prompts[0])
-        yield from decode_text(self.target, prompts, options, rows, start)
+        options = [request.options for request in requests]
+        yield from decode_text(self.target, prompts, options, rows, start, speculation)
 
     def need_compressor(self) -> Compressor:
         """The draft, or a `ModelError` where there is none."""

@@ -7,6 +7,7 @@ is its place and never changes: a passage without text is left out together with
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -90,6 +91,7 @@ class Prompt:
         messages: Sequence[Mapping[str, Any]],
         documents: Sequence[str | Passage] = (),
         tools: Sequence[Mapping[str, Any]] | None = None,
+        schema: Mapping[str, Any] | None = None,
     ) -> Prompt:
         """Build a prompt from chat messages as chat templates take them.
 
@@ -102,6 +104,8 @@ class Prompt:
             documents: Passages to stand, numbered, in front of the last user message's text.
                 They take the first numbers; document blocks follow in order of appearance.
             tools: JSON schemas of tools, for the template.
+            schema: JSON schema that the answer shall fit; the system text says so. To enforce it,
+                generate with `Grammar.json_schema`.
 
         Returns:
             The prompt. Only documents may be compressed.
@@ -122,6 +126,9 @@ class Prompt:
             read[asking] = replace(read[asking], parts=(*slots, *read[asking].parts))
             if not any(p.passage is not None or p.text.strip() for p in read[asking].parts):
                 raise PromptError("The last user message is empty: say what is asked.")
+        if schema is not None:
+            shown = json.dumps(schema, ensure_ascii=False)
+            read = add_system(read, f"Answer with JSON that fits this JSON schema:\n{shown}")
         return cls(tuple(read), tuple(found), None if tools is None else tuple(tools))
 
     def with_texts(self, texts: Sequence[str]) -> Prompt:
@@ -185,6 +192,15 @@ class Prompt:
         """The passage as a part, or None if it has no text."""
         text = self.passages[index].text
         return Part(text, Segment.PASSAGE, index) if text.strip() else None
+
+
+def add_system(messages: Sequence[Message], text: str) -> list[Message]:
+    """Add text to the first system message; without one in front, make one."""
+    if messages and messages[0].role in SYSTEM_ROLES:
+        part = Part(SEPARATOR + text, Segment.SYSTEM)
+        first = replace(messages[0], parts=(*messages[0].parts, part))
+        return [first, *messages[1:]]
+    return [Message("system", (Part(text, Segment.SYSTEM),)), *messages]
 
 
 def _number(index: int) -> str:

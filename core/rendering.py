@@ -7,7 +7,8 @@ text too. System text that a template refuses or drops goes in front of the firs
 
 Limits: roles and `template_options` are trusted. A template sees a placeholder for each message,
 so one that edits message text otherwise than by trimming or JSON quoting it (Qwen3 cuts the
-thoughts out of earlier answers) leaves it as it is here.
+thoughts out of earlier answers) leaves it as it is here. Tools go to templates that write calls as
+`tools.py` reads them; for others they are described in the system text.
 """
 
 from __future__ import annotations
@@ -26,11 +27,11 @@ from transformers import PreTrainedTokenizerBase
 
 from .errors import PromptError
 from .prompt import SEPARATOR, SYSTEM_ROLES, Message, Part, Prompt
+from .tools import in_plain_words, knows_tools
 from .types import Segment
 
 PLAIN_TEMPLATE = (
-    "{% if tools %}{{ raise_exception('This model has no chat template and so no way to be told "
-    "of tools.') }}{% endif %}{{ bos_token or '' }}{% for message in messages %}"
+    "{{ bos_token or '' }}{% for message in messages %}"
     "{{ message.role | capitalize }}: {{ message.content or '' }}\n\n{% endfor %}"
     "{% if add_generation_prompt %}Assistant:{% endif %}"
 )
@@ -72,6 +73,7 @@ class ChatTemplate:
         self._options = dict(DEFAULT_TEMPLATE_OPTIONS if options is None else options)
         self._tokenizer = tokenizer
         self._template = None if tokenizer.chat_template else PLAIN_TEMPLATE
+        self._knows_tools = knows_tools(tokenizer.chat_template)
         self._control = control
 
     def render(self, prompt: Prompt) -> list[Piece]:
@@ -87,12 +89,15 @@ class ChatTemplate:
             PromptError: The template fails, or drops or repeats the text of a message.
         """
         turns = [replace(m, parts=prompt.layout(m)) for m in prompt.messages]
+        tools = prompt.tools
+        if not self._knows_tools and (tools or any(t.extra.get("tool_calls") for t in turns)):
+            turns, tools = in_plain_words(turns, tools), None
         try:
-            return self._render_turns(turns, prompt.tools)
+            return self._render_turns(turns, tools)
         except PromptError:
             if not any(turn.role in SYSTEM_ROLES for turn in turns):
                 raise
-            return self._render_turns(_merge_system(turns), prompt.tools)
+            return self._render_turns(_merge_system(turns), tools)
 
     def _render_turns(
         self, turns: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None

@@ -147,6 +147,23 @@ class ToolCall:
 
 
 @dataclass(frozen=True, slots=True)
+class Drafting:
+    """What drafting did for one answer (`Generation.drafting`); it never changes the answer."""
+
+    forwards: int = 0  # of the target, the one that read the prompt left out
+    tokens: int = 0  # that those gave
+    drafted: int = 0  # tokens proposed
+    accepted: int = 0  # of them that the target said too
+    seconds: float = 0.0  # spent on proposing
+    note: str | None = None  # why nothing was drafted; None if drafting was on
+
+    @property
+    def tokens_per_forward(self) -> float:
+        """1.0 is what decoding without drafts gives."""
+        return self.tokens / self.forwards if self.forwards else 1.0
+
+
+@dataclass(frozen=True, slots=True)
 class Answer:
     """What the target said, with the spans it was given and what they cost.
 
@@ -160,8 +177,10 @@ class Answer:
     finish_reason: str  # "stop" (end token), "stop_string" or "length"
     lookahead: str | None = None  # the draft's guessed answer, where a method made one
     context: CompressedContext | None = None
+    cache_bytes: int | None = None  # evicted cache when decoding starts: this row's share of it
     tool_calls: tuple[ToolCall, ...] = ()
-    broken_calls: tuple[str, ...] = ()  # cut off by `max_new_tokens`, or no valid JSON
+    broken_calls: tuple[str, ...] = ()  # as written: cut off, or no valid JSON
+    drafting: Drafting | None = None  # None: none was asked for
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,10 +8,19 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from draftsieve.core.compressor import Compressor
     from draftsieve.core.config import Generation, Quantization, SpecKV, SpecKVPC, SpecPC
+    from draftsieve.core.constrained import Grammar
     from draftsieve.core.engine import Engine
     from draftsieve.core.errors import DraftSieveError
     from draftsieve.core.prompt import Prompt
-    from draftsieve.core.types import Answer, Chunk, CompressedContext, Passage, Span, Trace
+    from draftsieve.core.types import (
+        Answer,
+        Chunk,
+        CompressedContext,
+        Passage,
+        Span,
+        ToolCall,
+        Trace,
+    )
 
 __version__ = "0.1.0"
 
@@ -23,6 +32,7 @@ _HOMES = {
     "DraftSieveError": "errors",
     "Engine": "engine",
     "Generation": "config",
+    "Grammar": "constrained",
     "Passage": "types",
     "Prompt": "prompt",
     "Quantization": "config",
@@ -30,6 +40,7 @@ _HOMES = {
     "SpecKV": "config",
     "SpecKVPC": "config",
     "SpecPC": "config",
+    "ToolCall": "types",
     "Trace": "types",
 }
 
@@ -41,6 +52,7 @@ __all__ = [
     "DraftSieveError",
     "Engine",
     "Generation",
+    "Grammar",
     "Passage",
     "Prompt",
     "Quantization",
@@ -48,6 +60,7 @@ __all__ = [
     "SpecKV",
     "SpecKVPC",
     "SpecPC",
+    "ToolCall",
     "Trace",
     "__version__",
 ]

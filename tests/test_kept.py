@@ -76,8 +76,7 @@ def test_additive_and_boolean_masks_say_the_same() -> None:
 
 
 def test_a_memory_shares_only_what_is_the_same() -> None:
-    states = (torch.zeros(1, 1, 4, 2),)
-    memory = Memory(torch.tensor([5, 6, 7, 8]), states, states)
+    memory = Memory(torch.tensor([5, 6, 7, 8]), ())
     assert memory.shared(torch.tensor([5, 6, 7, 8, 9])) == 4
     assert memory.shared(torch.tensor([5, 6, 7, 8])) == 3  # one token has to be fed
     assert memory.shared(torch.tensor([5, 6, 1, 8, 9])) == 2
