@@ -32,9 +32,11 @@ from .render import (
 )
 
 if TYPE_CHECKING:
+    from ..core.drafters.store import TrigramStore
     from ..core.engine import Engine
     from ..core.types import Answer, CompressedContext, Passage
 
+_DRAFT_MODEL = ("lookahead", "model", "graph")  # drafting that needs the draft without a method
 INTERRUPTED, BROKEN_PIPE = 130, 141  # 128 + SIGINT, 128 + SIGPIPE, as a shell reports them
 
 
@@ -69,10 +71,11 @@ def ask(arguments: argparse.Namespace) -> None:
     method = _method(arguments)
     engine = Engine.load(
         arguments.target,
-        arguments.draft if method else None,
+        arguments.draft if method or arguments.drafting in _DRAFT_MODEL else None,
         quantization=_quantization(arguments),
         device=arguments.device,
         progress=not arguments.no_progress,
+        draft_store=_draft_store(arguments),
     )
     console = _Console()
     if console.is_terminal and not arguments.json:
@@ -218,7 +221,13 @@ def _specpc(arguments: argparse.Namespace) -> SpecPC:
 
 
 def _generation(arguments: argparse.Namespace) -> Generation:
-    return Generation(max_new_tokens=arguments.max_new_tokens)
+    return Generation(max_new_tokens=arguments.max_new_tokens, drafting=arguments.drafting)
+
+
+def _draft_store(arguments: argparse.Namespace) -> TrigramStore | None:
+    from ..core.drafters.store import TrigramStore
+
+    return TrigramStore.load(arguments.draft_store) if arguments.draft_store else None
 
 
 def _quantization(arguments: argparse.Namespace) -> Quantization | None:

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from .. import __version__
+from .cli_drafts import add_drafts
+from .cli_eval import add_eval
 
 Command = Callable[[argparse.Namespace], None]
 
@@ -16,6 +18,8 @@ examples:
   draftsieve ask "Who leads the archive?" --docs notes/ --ratio 0.3 --unit sentence --html kept.html
   draftsieve compress "What changed in May?" --file notes.md --capacity 512 > shorter.txt
   cat notes.md | draftsieve compress "What changed in May?" --file - --json
+  draftsieve drafts build --docs notes/ --out notes.safetensors
+  draftsieve eval --length 1000 --budget 0.125 --items 200 --out results/
 
 exit status: 0 success, 1 error, 2 wrong usage, 130 interrupted
 """
@@ -55,6 +59,14 @@ def build_parser(ask: Command, compress: Command) -> argparse.ArgumentParser:
     line.add_argument(
         "--max-new-tokens", type=_positive, default=64, metavar="N", help="(default: %(default)s)"
     )
+    line.add_argument(
+        "--drafting",
+        choices=("auto", "lookup", "aded", "lookahead", "model", "graph"),
+        help="who guesses ahead, so that decoding takes fewer passes; the answer stays the same",
+    )
+    line.add_argument(
+        "--draft-store", type=Path, metavar="FILE", help="for aded and auto: see drafts build"
+    )
     _add_common(line, quantised="target")
     line.set_defaults(run=ask)
 
@@ -69,6 +81,8 @@ def build_parser(ask: Command, compress: Command) -> argparse.ArgumentParser:
     source.add_argument("--file", metavar="FILE", help='one text, read whole; "-" for stdin')
     _add_common(line, quantised="draft")
     line.set_defaults(run=compress)
+    add_drafts(commands)
+    add_eval(commands)
     return parser
 
 

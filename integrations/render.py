@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -12,7 +13,7 @@ from rich.text import Text
 from .html_view import levels, segments
 
 if TYPE_CHECKING:
-    from ..core.types import Answer, CompressedContext, Passage
+    from ..core.types import Answer, CompressedContext, Drafting, Passage
 
 _KEPT = {1: "green", 2: "green", 3: "bold green", 4: "bold green", 5: "bold reverse green"}
 _DROPPED = "dim"
@@ -80,6 +81,9 @@ def show_costs(console: Console, answer: Answer) -> None:
         console.print(
             f"{kept}, the draft guessed: {printable(answer.lookahead or '')}", style="dim"
         )
+    if (drafting := answer.drafting) is not None:
+        said = f"{drafting.tokens_per_forward:.1f} tokens a forward pass"
+        console.print(f"drafting: {drafting.note or said}", style="dim", soft_wrap=True)
     console.print(f"seconds: {stages(answer.timings)}", style="dim", soft_wrap=True)
 
 
@@ -125,6 +129,11 @@ def sources_json(
     return sources
 
 
+def drafting_json(drafting: Drafting) -> dict[str, Any]:
+    """What drafting did as plain values."""
+    return asdict(drafting) | {"tokens_per_forward": drafting.tokens_per_forward}
+
+
 def answer_json(question: str, passages: Sequence[Passage], answer: Answer) -> dict[str, Any]:
     """An answer with its sources, usage and timings as plain values."""
     usage = answer.usage
@@ -139,6 +148,7 @@ def answer_json(question: str, passages: Sequence[Passage], answer: Answer) -> d
             "cache_entries": usage.cache_entries,
         },
         "lookahead": answer.lookahead,
+        "drafting": None if answer.drafting is None else drafting_json(answer.drafting),
         "seconds": dict(answer.timings),
         "compression": context_json(answer.context) if answer.context else None,
         "sources": sources_json(passages, answer.context),

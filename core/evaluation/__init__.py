@@ -1,1 +1,1 @@
-"""Measuring what compression keeps: data, baselines of equal size, survival, intervals."""
+"""Measuring what compression costs: tasks, data, methods of equal size, runs, intervals."""

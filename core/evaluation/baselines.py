@@ -63,6 +63,41 @@ def truncation_head(texts: Sequence[str], budget: int, count: Counter) -> Kept:
     return tuple(kept)
 
 
+def truncation_tail(texts: Sequence[str], budget: int, count: Counter) -> Kept:
+    """Texts from the last backwards, the first of them cut at the character where it begins."""
+    kept: list[Spans] = []
+    left = budget
+    for text in reversed(texts):
+        length = _longest_suffix(text, left, count)
+        kept.append(((len(text) - length, len(text)),) if length else ())
+        left = left - count(text) if length == len(text) else 0
+    return tuple(reversed(kept))
+
+
+def truncation_middle(texts: Sequence[str], budget: int, count: Counter) -> Kept:
+    """The first and the last half of the budget; the middle is left out."""
+    head = truncation_head(texts, budget // 2, count)
+    spent = kept_tokens(texts, head, count)
+    tail = truncation_tail(texts, budget - spent - count(GAP), count)
+    return tuple(
+        merge_spans(text, sorted((*first, *last)))
+        for text, first, last in zip(texts, head, tail, strict=True)
+    )
+
+
+def _longest_suffix(text: str, budget: int, count: Counter) -> int:
+    """Characters of the longest suffix within the budget, found by bisection."""
+    if budget <= 0 or not text:
+        return 0
+    if count(text) <= budget:
+        return len(text)
+    low, high = 0, len(text)  # the suffix `low` fits, `high` does not
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if count(text[-middle:]) <= budget else (low, middle)
+    return low
+
+
 def _longest_prefix(text: str, budget: int, count: Counter) -> int:
     """Characters of the longest prefix within the budget, found by bisection."""
     if budget <= 0 or not text:

@@ -29,15 +29,40 @@ def wilson(successes: int, total: int, confidence: float = 0.95) -> tuple[float,
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
+def bootstrap_mean(
+    values: Sequence[float], *, confidence: float = 0.95, samples: int = 2000, seed: int = 0
+) -> tuple[float, float, float]:
+    """Mean of values measured item by item, and its percentile bootstrap interval.
+
+    Args:
+        values: At least one.
+        confidence: Coverage of the interval, in (0, 1).
+        samples: Number of bootstrap samples.
+        seed: Seed of the resampling.
+
+    Returns:
+        The mean, the lower and the upper end.
+    """
+    if not values:
+        raise ValueError("an interval needs at least one value, but there is none.")
+    measured = torch.tensor(values, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(seed)
+    picks = torch.randint(len(measured), (samples, len(measured)), generator=generator)
+    means = measured[picks].mean(dim=1)  # (samples,)
+    tail = (1 - confidence) / 2
+    low, high = torch.quantile(means, torch.tensor([tail, 1 - tail], dtype=torch.float64))
+    return float(measured.mean()), float(low), float(high)
+
+
 def paired_difference(
-    first: Sequence[bool],
-    second: Sequence[bool],
+    first: Sequence[float],
+    second: Sequence[float],
     *,
     confidence: float = 0.95,
     samples: int = 2000,
     seed: int = 0,
 ) -> tuple[float, float, float]:
-    """Rate of `first` minus rate of `second`, and its bootstrap interval over items.
+    """Mean of `first` minus mean of `second`, and its bootstrap interval over items.
 
     Args:
         first: Outcomes of one method, item by item.
@@ -54,10 +79,5 @@ def paired_difference(
             f"paired outcomes need the same number of items, at least one: "
             f"got {len(first)} and {len(second)}."
         )
-    difference = torch.tensor(first, dtype=torch.float64) - torch.tensor(second).double()
-    generator = torch.Generator().manual_seed(seed)
-    picks = torch.randint(len(first), (samples, len(first)), generator=generator)
-    means = difference[picks].mean(dim=1)  # (samples,)
-    tail = (1 - confidence) / 2
-    low, high = torch.quantile(means, torch.tensor([tail, 1 - tail], dtype=torch.float64))
-    return float(difference.mean()), float(low), float(high)
+    differences = [float(a) - float(b) for a, b in zip(first, second, strict=True)]
+    return bootstrap_mean(differences, confidence=confidence, samples=samples, seed=seed)

@@ -7,7 +7,9 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from ..errors import PromptError
 from ..types import Passage
 
 Counter = Callable[[str], int]  # text -> tokens
@@ -51,8 +53,21 @@ class Item:
 
 
 def read_article(path: str | Path) -> Article:
-    """Read every paragraph and question of a SQuAD file; unanswerable questions are left out."""
-    content = json.loads(Path(path).read_text(encoding="utf-8"))
+    """Read every paragraph and question of a SQuAD file; unanswerable questions are left out.
+
+    Raises:
+        PromptError: The file has another form.
+    """
+    try:
+        return _read_article(json.loads(Path(path).read_text(encoding="utf-8")))
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise PromptError(
+            f"{str(path)!r} is not in SQuAD's format, a JSON object with "
+            f'"data" -> "paragraphs" -> "context" and "qas": {type(error).__name__} {error}.'
+        ) from error
+
+
+def _read_article(content: Any) -> Article:
     paragraphs: list[str] = []
     questions: list[Question] = []
     for entry in (paragraph for part in content["data"] for paragraph in part["paragraphs"]):

@@ -1,0 +1,276 @@
+"""Every method that the evaluation knows, by name: what it keeps of an item, and what it answers.
+
+A budget is a share of the passages' tokens for all of them, as in `SpecPC.ratio` and
+`SpecKV.ratio`; question, system text and template come on top. Methods on prompts are measured in
+draft tokens of the kept text, methods on the cache in entries per KV head.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import get_args
+
+from ..config import Scorer as CacheScorer
+from ..config import SpecKV, SpecKVPC, SpecPC
+from ..errors import ConfigError
+from ..kv_scorers import SCORERS
+from ..types import Answer
+from . import scorers, specprefill, surprise
+from .baselines import (
+    Kept,
+    kept_text,
+    random_sentences,
+    ranked_passages,
+    ranked_sentences,
+    truncation_head,
+    truncation_middle,
+    truncation_tail,
+)
+from .shared import Case
+from .squad import Scorer
+from .survival import kept_spans
+
+SEED = 2026  # of random baselines
+EMBEDDING = "embedding:"
+_NEEDS_ALL_QUERIES = {"h2o"}  # cannot go on from a shared prefill
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What one method did with one item.
+
+    `prompt_tokens` is what the target read, `cache_tokens` what its cache holds per KV head when
+    decoding starts; `kept` is None where the passages' text stayed whole. Seconds count what the
+    method needs alone: shared readings are added to each method that uses them.
+    """
+
+    text: str
+    prompt_tokens: int
+    cache_tokens: int
+    kept: Kept | None
+    draft_seconds: float
+    target_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class EvalMethod:
+    """A method: `kind` is "none", "prompt", "cache" or "both".
+
+    `check` raises a `DraftSieveError` where something that the method needs is not there.
+    """
+
+    name: str
+    kind: str
+    run: Callable[[Case, float], Run]
+    check: Callable[[], object] | None = None
+
+
+def _on_cache(name: CacheScorer | None, case: Case, share: float) -> Run:
+    """The whole prompt, and of its cache what a scorer of `kv_scorers` keeps."""
+    method = None if name is None else SpecKV(ratio=share, scorer=name, seed=SEED)
+    case.once.saved = 0.0
+    shared = name not in _NEEDS_ALL_QUERIES
+    answer = case.answer(case.prompt, method, shared=shared)
+    guess = answer.timings.get("draft", 0.0)
+    target = _target_seconds(answer) + (case.prefill_seconds if shared else 0.0)
+    by_draft = name is not None and SCORERS[name].lookahead == "draft"
+    tokens = answer.usage.prompt_tokens
+    return Run(
+        answer.text,
+        tokens,
+        answer.usage.cache_entries or tokens,
+        None,
+        guess + case.once.saved if by_draft else 0.0,
+        target if by_draft else target + guess,
+    )
+
+
+def _both(case: Case, share: float) -> Run:
+    """SpecKV-PC: the prompt to twice the share, then half of the cache."""
+    first = SpecPC(ratio=min(1.0, 2 * share), lookahead_tokens=8)
+    method = SpecKVPC(specpc=first, speckv=SpecKV(ratio=share / min(1.0, 2 * share)))
+    case.once.saved = 0.0
+    answer = case.answer(case.prompt, method, shared=False)
+    assert answer.context is not None  # a prompt stage describes what it kept
+    timings = answer.timings
+    tokens = answer.usage.prompt_tokens
+    return Run(
+        answer.text,
+        tokens,
+        answer.usage.cache_entries or tokens,
+        kept_spans(answer.context, len(case.item.passages)),
+        timings.get("draft", 0.0) + timings.get("select", 0.0) + case.once.saved,
+        _target_seconds(answer),
+    )
+
+
+Shortened = tuple[Kept, Sequence[str]]  # kept characters, and the texts that the target reads
+Shorten = Callable[[Case, float], Shortened]
+
+
+def _on_prompt(shorten: Shorten, case: Case, share: float) -> Run:
+    """Shorter passages, at new positions."""
+    case.once.saved = 0.0
+    began = time.perf_counter()
+    kept, texts = shorten(case, share)
+    draft_seconds = time.perf_counter() - began + case.once.saved
+    answer = case.answer(case.prompt.with_texts(texts), None, shared=False)
+    tokens = answer.usage.prompt_tokens
+    return Run(answer.text, tokens, tokens, kept, draft_seconds, _target_seconds(answer))
+
+
+def _in_place(choose: Callable[[Case, float], Kept], case: Case, share: float) -> Run:
+    """A part of the prompt's tokens, each at its original position."""
+    case.once.saved = 0.0
+    began = time.perf_counter()
+    kept = choose(case, share)
+    read = time.perf_counter()
+    draft_seconds = read - began + case.once.saved
+    text, tokens = case.answer_in_place(kept)
+    return Run(text, tokens, tokens, kept, draft_seconds, time.perf_counter() - read)
+
+
+def _target_seconds(answer: Answer) -> float:
+    return answer.timings.get("prefill", 0.0) + answer.timings.get("decode", 0.0)
+
+
+# ---------------------------------------------------------------- what stays of a prompt
+
+
+def _specpc(options: SpecPC, case: Case, share: float) -> Shortened:
+    method = options.model_copy(update={"capacity": None, "ratio": share})
+    shorter, context = case.bench.draft.compress_prompt(case.prompt, method)
+    kept = kept_spans(context, len(case.item.passages))
+    return kept, [passage.text for passage in shorter.passages]
+
+
+def _specpc_kept(case: Case, share: float) -> Kept:
+    return _specpc(SpecPC(), case, share)[0]
+
+
+def _specprefill(case: Case, share: float) -> Kept:
+    model = case.bench.draft.model
+    scores = case.once("specprefill", lambda: specprefill.read(model, case.tokens.ids))
+    kept = specprefill.keep_chunks(case.tokens, scores, case.budget(share))
+    return specprefill.kept_characters(case.tokens, kept, len(case.item.passages))
+
+
+def _surprise(case: Case, share: float) -> Shortened:
+    model, count = case.bench.draft.model, case.bench.draft.count_tokens
+    scores = case.once("surprise", lambda: surprise.token_surprise(model, case.tokens.ids))
+    budget = case.budget(share)
+    return surprise.keep_highest(case.item.passages, case.tokens, scores, budget, count)
+
+
+def _contrast(case: Case, share: float) -> Shortened:
+    draft = case.bench.draft
+    tokens, scores = case.once(
+        "contrast", lambda: surprise.contrast(draft.model, draft.encoder, case.item)
+    )
+    budget = case.budget(share)
+    return surprise.keep_highest(case.item.passages, tokens, scores, budget, draft.count_tokens)
+
+
+def _sentences(score: Scorer, case: Case, share: float) -> Shortened:
+    texts, count = case.item.passages, case.bench.draft.count_tokens
+    kept = ranked_sentences(case.item.question, texts, case.budget(share), count, score)
+    return _joined(case, kept)
+
+
+def _passages(score: Scorer, case: Case, share: float) -> Shortened:
+    texts, count = case.item.passages, case.bench.draft.count_tokens
+    kept = ranked_passages(case.item.question, texts, case.budget(share), count, score)
+    return _joined(case, kept)
+
+
+def _random(case: Case, share: float) -> Shortened:
+    texts, count = case.item.passages, case.bench.draft.count_tokens
+    return _joined(
+        case, random_sentences(texts, case.budget(share), count, f"{SEED}:{case.item.id}")
+    )
+
+
+def _truncated(cut: Callable[..., Kept], case: Case, share: float) -> Shortened:
+    count = case.bench.draft.count_tokens
+    return _joined(case, cut(case.item.passages, case.budget(share), count))
+
+
+def _joined(case: Case, kept: Kept) -> Shortened:
+    """Kept characters as texts, with a gap mark where something is missing."""
+    return kept, [
+        kept_text(text, spans) for text, spans in zip(case.item.passages, kept, strict=True)
+    ]
+
+
+# ---------------------------------------------------------------- names
+
+
+def _prompt(name: str, shorten: Shorten, check: Callable[[], object] | None = None) -> EvalMethod:
+    return EvalMethod(name, "prompt", partial(_on_prompt, shorten), check)
+
+
+def _listed() -> tuple[EvalMethod, ...]:
+    sklearn = partial(scorers.require_eval, "sklearn", "TF-IDF")
+    on_cache = [
+        EvalMethod(name, "cache", partial(_on_cache, name)) for name in get_args(CacheScorer)
+    ]
+    return (
+        EvalMethod("none", "none", partial(_on_cache, None)),
+        *on_cache,
+        EvalMethod("speckv-pc", "both", _both),
+        _prompt("specpc", partial(_specpc, SpecPC())),
+        EvalMethod("specpc-keep", "prompt", partial(_in_place, _specpc_kept)),
+        _prompt("specpc-2026-11", partial(_specpc, SpecPC.preset("2026-11"))),
+        EvalMethod("specprefill", "prompt", partial(_in_place, _specprefill)),
+        _prompt("perplexity", _surprise),
+        _prompt("contrastive-perplexity", _contrast),
+        _prompt("bm25-sentences", partial(_sentences, scorers.bm25)),
+        _prompt("bm25-passages", partial(_passages, scorers.bm25)),
+        _prompt("tfidf-sentences", partial(_sentences, scorers.tfidf), sklearn),
+        _prompt("lsa-sentences", partial(_sentences, scorers.lsa), sklearn),
+        _prompt("head", partial(_truncated, truncation_head)),
+        _prompt("tail", partial(_truncated, truncation_tail)),
+        _prompt("middle", partial(_truncated, truncation_middle)),
+        _prompt("random-sentences", _random),
+    )
+
+
+METHODS: Mapping[str, EvalMethod] = {method.name: method for method in _listed()}
+GROUPS: Mapping[str, tuple[str, ...]] = {
+    "prompt": tuple(name for name, method in METHODS.items() if method.kind == "prompt"),
+    "cache": tuple(name for name, method in METHODS.items() if method.kind == "cache"),
+    "all": tuple(METHODS),
+    "table": ("none", "speckv", "speckv-pc", "snapkv", "laq", "streaming", "random", "oracle"),
+}
+
+
+def find_methods(names: Sequence[str]) -> list[EvalMethod]:
+    """Methods by name, group or "embedding:MODEL", each once and in the order asked for.
+
+    Raises:
+        ConfigError: There is no such method.
+    """
+    found: dict[str, EvalMethod] = {}
+    for name in names:
+        for single in GROUPS.get(name, (name,)):
+            found[single] = _find(single)
+    return list(found.values())
+
+
+def _find(name: str) -> EvalMethod:
+    if name.startswith(EMBEDDING):
+        load = cache(partial(scorers.embedding, name.removeprefix(EMBEDDING)))
+
+        def shorten(case: Case, share: float) -> Shortened:
+            return _sentences(load(), case, share)
+
+        return _prompt(name, shorten, load)
+    if name not in METHODS:
+        raise ConfigError(
+            f"There is no method {name!r}; there are {sorted(METHODS)}, the groups "
+            f"{sorted(GROUPS)}, and {EMBEDDING}MODEL for sentences by an encoder model."
+        )
+    return METHODS[name]

@@ -1,0 +1,187 @@
+"""What all methods share on one item: the draft's readings and the target's full prefill."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from hashlib import blake2b
+from typing import Any, TypeVar
+
+import torch
+from transformers import DynamicCache, PreTrainedModel
+
+from ..compressor import Compressor
+from ..config import Generation, Method, SpecPC
+from ..decode import Start
+from ..encoding import PromptEncoder
+from ..errors import ModelError
+from ..lookahead import greedy
+from ..memory import Memory, read_memory
+from ..models import LoadedModel
+from ..pipeline import Memories, Pipeline
+from ..prompt import Prompt
+from ..types import Answer, DraftReading, PromptTokens
+from .baselines import Kept
+from .tasks import EvalItem
+
+T = TypeVar("T")
+_BUDGET = {"capacity": None, "ratio": 1.0, "unit": "token", "gap_marker": None, "drop_empty": False}
+
+
+class Once:
+    """Values computed once an item, with the seconds that each of them took."""
+
+    def __init__(self) -> None:
+        self._found: dict[object, tuple[Any, float]] = {}
+        self.saved = 0.0  # seconds that repeated calls would have taken
+
+    def __call__(self, key: object, make: Callable[[], T]) -> T:
+        """The value of a key; a repeated call adds its seconds to `saved`."""
+        if key in self._found:
+            value, seconds = self._found[key]
+            self.saved += seconds
+            return value  # type: ignore[no-any-return]
+        began, before = time.perf_counter(), self.saved
+        value = make()
+        seconds = time.perf_counter() - began + self.saved - before
+        self._found[key] = value, seconds
+        return value
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._found.clear()
+        self.saved = 0.0
+
+
+class SharedDraft(Compressor):
+    """A compressor that reads and guesses once for all methods with equal draft options."""
+
+    once: Once
+
+    def guess(self, prompt: Prompt, tokens: int, memory: Memory | None = None) -> torch.Tensor:
+        key = ("guess", self.encoder.encode(prompt).ids.numpy().tobytes(), tokens)
+        return self.once(key, lambda: super(SharedDraft, self).guess(prompt, tokens, memory))
+
+    def _read_once(self, tokens: PromptTokens, method: SpecPC, lookahead: int) -> DraftReading:
+        cut = min(method.window_size, method.capacity or method.window_size)
+        reads = method.model_copy(update={**_BUDGET, "window_size": cut, "kernel_size": 1})
+        key = ("read", tokens.ids.numpy().tobytes(), reads, lookahead)
+        return self.once(
+            key, lambda: super(SharedDraft, self)._read_once(tokens, method, lookahead)
+        )
+
+
+class Bench:
+    """A pair of models for measuring: greedy, one request at a time.
+
+    Args:
+        target: The model that answers.
+        draft: The model that reads first.
+        max_new_tokens: Most tokens of an answer, and of the draft's guess.
+        template_options: Extra arguments of both chat templates.
+    """
+
+    def __init__(
+        self,
+        target: LoadedModel,
+        draft: LoadedModel,
+        *,
+        max_new_tokens: int = 64,
+        template_options: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.once = Once()
+        self.generation = Generation(max_new_tokens=max_new_tokens)
+        self.target, self.tokenizer = target.model.eval(), target.tokenizer
+        self.draft = SharedDraft(
+            draft.model, draft.tokenizer, template_options=template_options, progress=False
+        )
+        self.draft.once = self.once
+        self.encoder = PromptEncoder(target.tokenizer, template_options)
+        self.pipeline = Pipeline(self.target, self.tokenizer, self.encoder, self.draft)
+        self.names = {"target": target.name, "draft": draft.name}
+        self.weights = {"target": fingerprint(self.target), "draft": fingerprint(draft.model)}
+
+    def open(self, item: EvalItem) -> Case:
+        """Start on an item; what the last one left is forgotten."""
+        self.once.clear()
+        return Case(self, item)
+
+
+def fingerprint(model: PreTrainedModel) -> str:
+    """Sixteen digits that change when a model is trained further, from its first embeddings."""
+    weight: torch.Tensor = model.get_input_embeddings().weight  # type: ignore[assignment]
+    rows = weight[:256].detach().float().cpu()
+    return blake2b(rows.numpy().tobytes(), digest_size=8).hexdigest()
+
+
+class Case:
+    """One item while its methods run."""
+
+    def __init__(self, bench: Bench, item: EvalItem) -> None:
+        self.bench, self.item, self.once = bench, item, bench.once
+        self.prompt = item.prompt()
+        self.tokens = bench.draft.encoder.encode(self.prompt)
+        self.passage_tokens = int((~self.tokens.protected).sum())
+        self.prefill_seconds = 0.0  # of the target's full prefill, once it has been shared
+        self._memories: Memories | None = None
+        self._read = False
+
+    def budget(self, share: float) -> int:
+        """Passage tokens that may stay, by the rule of `SpecPC.ratio` and `SpecKV.ratio`."""
+        return max(1, round(self.passage_tokens * share))
+
+    def draft_answer(self) -> str:
+        """The draft's own greedy answer to the whole prompt."""
+        ids = self.bench.draft.guess(self.prompt, self.bench.generation.max_new_tokens)
+        return str(self.bench.draft.tokenizer.decode(ids.tolist(), skip_special_tokens=True))
+
+    def memories(self) -> Memories | None:
+        """The target's keys and values of the whole prompt; None where layers do not allow it."""
+        if not self._read:
+            self._read = True
+            began = time.perf_counter()
+            with suppress(ModelError):
+                ids = self.bench.encoder.encode(self.prompt).ids
+                self._memories = Memories(read_memory(self.bench.target, ids), None)
+                self.prefill_seconds = time.perf_counter() - began
+        return self._memories
+
+    def answer(self, prompt: Prompt, method: Method | None, *, shared: bool) -> Answer:
+        """What the engine answers.
+
+        Args:
+            prompt: The item's prompt, or a shorter one.
+            method: A method on the cache, or both stages.
+            shared: Go on from the full prefill, which the prompt must begin with.
+        """
+        memories = self.memories() if shared else None
+        *_, last = self.bench.pipeline.stream(
+            prompt, method, self.bench.generation, "raise", memories
+        )
+        assert last.answer is not None  # the last chunk carries it
+        return last.answer
+
+    def answer_in_place(self, kept: Kept) -> tuple[str, int]:
+        """Read only the kept characters, each at its original position.
+
+        Returns:
+            The answer, and the number of tokens read.
+        """
+        target, tokens = self.bench.target, self.bench.encoder.encode(self.prompt)
+        stays = tokens.protected.clone()  # (tokens,)
+        for index, spans in enumerate(kept):
+            for first, last in spans:
+                inside = (tokens.start < last) & (tokens.end > first)
+                stays |= (tokens.passage == index) & inside
+        places = torch.nonzero(stays).squeeze(1)
+        ids = tokens.ids[places].unsqueeze(0).to(target.device)  # (1, kept)
+        start = Start(
+            DynamicCache(config=target.config),
+            ids,
+            torch.ones_like(ids),
+            places.unsqueeze(0).to(target.device),
+        )
+        said = greedy(target, ids[0].cpu(), self.bench.generation.max_new_tokens, start)
+        text = str(self.bench.tokenizer.decode(said.tolist(), skip_special_tokens=True))
+        return text, places.numel()

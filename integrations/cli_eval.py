@@ -1,0 +1,128 @@
+"""The command `draftsieve eval`: methods x budgets x lengths x tasks, into a results folder."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from pathlib import Path
+from typing import Any
+
+_DESCRIPTION = """\
+Measure what compression costs in accuracy: generated tasks and, with --data, natural text. Every
+method gets the same items; the target answers greedily. The folder gets items.jsonl, results.jsonl,
+table.md and plots. Started again with the same options, an interrupted run goes on.
+"""
+_EPILOG = """\
+examples:
+  draftsieve eval --length 1000 --budget 0.125 --items 200 --out results/
+  draftsieve eval --methods none specpc bm25-sentences perplexity --budget 0.25 --tasks none \\
+      --data squad.json --out results-natural/
+  draftsieve eval --target Qwen/Qwen3-4B --draft Qwen/Qwen3-0.6B --data my.json --out results-qwen/
+  draftsieve eval --list
+"""
+
+
+def add_eval(commands: Any) -> None:
+    """Add the command to the parser's commands."""
+    line = commands.add_parser(
+        "eval",
+        help="measure accuracy against budget, method by method",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    pair = line.add_argument_group("models")
+    pair.add_argument("--target", default="builtin:target", help="(default: %(default)s)")
+    pair.add_argument("--draft", default="builtin:draft", help="(default: %(default)s)")
+    pair.add_argument("--bits", type=int, choices=(4, 8), help="quantise the target")
+    pair.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (default: auto)")
+    pair.add_argument("--max-new-tokens", type=int, default=64, metavar="N")
+    pair.add_argument(
+        "--system",
+        metavar="TEXT",
+        help="system text; default: the one the bundled pair knows, or for other models one that "
+        "explains the form of the answers",
+    )
+    grid = line.add_argument_group("what is measured")
+    grid.add_argument("--methods", nargs="+", default=["table"], metavar="NAME")
+    grid.add_argument(
+        "--budget",
+        nargs="+",
+        type=float,
+        default=[0.125],
+        metavar="SHARE",
+        help="shares of the passages' tokens that stay, in (0, 1] (default: 0.125)",
+    )
+    grid.add_argument(
+        "--length", nargs="+", type=int, default=[1000], metavar="N", help="tokens of the prompts"
+    )
+    grid.add_argument("--tasks", nargs="+", metavar="NAME", help='default: all; "none" for none')
+    grid.add_argument(
+        "--items", type=int, default=200, metavar="N", help="a length, over all tasks"
+    )
+    grid.add_argument("--data", type=Path, metavar="FILE", help="natural text in SQuAD's format")
+    grid.add_argument("--data-items", type=int, default=100, metavar="N", help="per length")
+    grid.add_argument("--seed", type=int, default=0, help="of the items (default: 0)")
+    grid.add_argument(
+        "--question-first", action="store_true", help="put the question in front of the passages"
+    )
+    grid.add_argument(
+        "--reference", default="none", metavar="NAME", help="paired differences are against this"
+    )
+    line.add_argument("--out", type=Path, default=Path("results"), metavar="FOLDER")
+    line.add_argument("--list", action="store_true", help="print the names of methods and tasks")
+    line.add_argument("--no-progress", action="store_true", help="no progress bar on stderr")
+    line.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    line.set_defaults(run=evaluate)
+
+
+def evaluate(arguments: argparse.Namespace) -> None:
+    """Run the grid and print the table."""
+    from ..core.config import Quantization
+    from ..core.evaluation.methods import GROUPS, METHODS
+    from ..core.evaluation.puzzles import TASKS
+    from ..core.evaluation.runner import TABLE, Grid, run
+    from ..core.evaluation.shared import Bench
+    from ..core.evaluation.tasks import INSTRUCTIONS
+    from ..core.models import BUILTIN, load_model
+    from ..core.prompt import DEFAULT_SYSTEM
+
+    if arguments.list:
+        print("methods:", *METHODS, "embedding:MODEL", sep="\n  ")
+        print("groups of methods:", *(f"{g}: {' '.join(m)}" for g, m in GROUPS.items()), sep="\n  ")
+        print("tasks:", *TASKS, sep="\n  ")
+        return
+    logging.basicConfig(level=logging.WARNING, format="draftsieve: %(message)s")
+    known = arguments.target.startswith(BUILTIN)
+    system = arguments.system or (DEFAULT_SYSTEM if known else INSTRUCTIONS)
+    grid = Grid(
+        methods=tuple(arguments.methods),
+        budgets=tuple(arguments.budget),
+        lengths=tuple(arguments.length),
+        tasks=_tasks(arguments.tasks, tuple(TASKS)),
+        items=arguments.items,
+        data=arguments.data,
+        natural=arguments.data_items,
+        seed=arguments.seed,
+        question_first=arguments.question_first,
+        system=system,
+        reference=arguments.reference,
+    )
+    options: dict[str, Any] = {
+        "device": arguments.device,
+        "progress": not arguments.no_progress,
+    }
+    quantization = Quantization(bits=arguments.bits) if arguments.bits else None
+    bench = Bench(
+        load_model(arguments.target, quantization=quantization, **options),
+        load_model(arguments.draft, **options),
+        max_new_tokens=arguments.max_new_tokens,
+    )
+    run(bench, grid, arguments.out, progress=not arguments.no_progress)
+    print((arguments.out / TABLE).read_text(encoding="utf-8"), end="")
+
+
+def _tasks(named: list[str] | None, known: tuple[str, ...]) -> tuple[str, ...]:
+    if named is None:
+        return known
+    return () if named == ["none"] else tuple(named)
