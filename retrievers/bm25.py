@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 import sys
 import unicodedata
 from collections.abc import Collection, Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,9 @@ import numpy as np
 from ..core.errors import PromptError
 from ..core.types import Passage
 from .extras import require
+from .folder import FolderError
+
+_PASSAGES, _OPTIONS, _FORMAT = "passages.jsonl", "index.json", 1
 
 # Scripts written without spaces: each character is a word.
 _UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff"
@@ -65,6 +70,68 @@ class Bm25Index:
         """Index passages. Options as for the class."""
         return cls(passages, **options)
 
+    def save(self, folder: str | Path) -> None:
+        """Write the index to a folder as JSON and plain arrays (no pickle).
+
+        Args:
+            folder: Made if it is missing; an index in it is replaced.
+
+        Raises:
+            FolderError: A passage's metadata cannot be written as JSON.
+        """
+        lines = [_line(passage) for passage in self._passages]
+        path = Path(folder)
+        path.mkdir(parents=True, exist_ok=True)
+        (path / _OPTIONS).unlink(missing_ok=True)  # without it a half-written folder is no index
+        (path / _PASSAGES).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        if self._bm25 is not None:
+            self._bm25.save(path, allow_pickle=False, show_progress=False)
+        options = {
+            "format": _FORMAT,
+            "passages": len(lines),
+            "words": len(self._vocabulary),
+            "stopwords": sorted(self._stopwords),
+        }
+        (path / _OPTIONS).write_text(json.dumps(options), encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Bm25Index:
+        """Read an index that `save` wrote, without indexing anew.
+
+        Args:
+            folder: Where it was saved.
+
+        Raises:
+            FolderError: The folder holds no index, or a damaged one.
+            MissingExtraError: bm25s is not installed.
+        """
+        engine, path = _bm25s(), Path(folder)
+        try:
+            options = json.loads((path / _OPTIONS).read_text(encoding="utf-8"))
+            if options["format"] != _FORMAT:
+                raise FolderError(
+                    f"The index in {str(folder)!r} has format {options['format']}, this version "
+                    f"reads {_FORMAT}: index the passages again."
+                )
+            lines = (path / _PASSAGES).read_text(encoding="utf-8").splitlines()
+            index = cls([], stopwords=options["stopwords"])
+            index._passages = tuple(Passage(**json.loads(line)) for line in lines)
+            if options["words"]:
+                index._bm25 = engine.BM25.load(
+                    path, allow_pickle=False, show_progress=False, backend="numpy"
+                )
+                index._vocabulary = index._bm25.vocab_dict
+            if (len(lines), len(index._vocabulary)) != (options["passages"], options["words"]):
+                raise ValueError("its files do not belong together")
+        except FolderError:
+            raise
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise FolderError(
+                f"The folder {str(folder)!r} holds no whole index ({error}): save one with "
+                "Bm25Index.save."
+            ) from error
+        return index
+
     def __len__(self) -> int:
         return len(self._passages)
 
@@ -101,6 +168,18 @@ class Bm25Index:
 
     def _words(self, text: str) -> list[str]:
         return [word for word in words(text) if word not in self._stopwords]
+
+
+def _line(passage: Passage) -> str:
+    """A passage as one line of JSON; ASCII, so that no character of it ends the line."""
+    try:
+        value = {"text": passage.text, "id": passage.id, "metadata": dict(passage.metadata)}
+        return json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise FolderError(
+            f"The metadata of passage {passage.id!r} is no JSON ({error}): use strings, numbers, "
+            "lists and dicts."
+        ) from error
 
 
 def words(text: str) -> list[str]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import sys
+import threading
 from copy import deepcopy
 from importlib import import_module
 from pathlib import Path
@@ -28,13 +30,16 @@ from llama_index_instrumentation import get_dispatcher
 from llama_index_instrumentation.event_handlers.base import BaseEventHandler
 from pydantic import PrivateAttr, ValidationError
 
+from draftsieve.core.compressor import Compressor
 from draftsieve.core.config import SpecPC
 from draftsieve.core.errors import (
     BudgetError,
     MissingExtraError,
     ModelNotFoundError,
     PromptError,
+    RequestTimeoutError,
 )
+from draftsieve.core.types import CompressedContext
 from draftsieve.integrations.llama_index import DraftSievePostprocessor
 
 from .adapters_fixtures import (
@@ -45,6 +50,8 @@ from .adapters_fixtures import (
     needs_pair,
     one_thread,
     tiny_compressor,
+    tiny_model,
+    tiny_tokenizer,
 )
 
 __all__ = ["one_thread"]  # used by every test
@@ -173,11 +180,63 @@ def test_dropped_nodes_keep_the_others_aligned() -> None:
     assert [n.node_id for n in found] == [f"n{i}" for i in context.indices]
 
 
+@pytest.mark.parametrize("mode", [MetadataMode.NONE, MetadataMode.LLM, MetadataMode.EMBED])
+def test_metadata_is_shown_as_before(mode: MetadataMode) -> None:
+    given = nodes()
+    for node in given:
+        node.node.text_template = "<{metadata_str}>\n{content}"
+        node.node.metadata_template = "{key}={value}"
+        node.node.metadata_separator = "; "
+    found = postprocessor().postprocess_nodes(given, QUERY)
+    for old, new in zip(given, found, strict=True):
+        expected = deepcopy(old.node)
+        expected.set_content(new.text)
+        assert new.node.get_content(mode) == expected.get_content(mode)
+    assert found[0].node.get_content(mode) != given[0].node.get_content(mode)
+
+
+def test_spans_are_found_in_the_document() -> None:
+    document = "\n\n".join(TEXTS)
+    given = nodes()
+    for node in given:
+        node.node.start_char_idx = document.index(node.text)
+        node.node.end_char_idx = node.node.start_char_idx + len(node.text)
+    found = postprocessor().postprocess_nodes(given, QUERY)
+    for old, new in zip(given, found, strict=True):
+        assert new.node.start_char_idx == old.node.start_char_idx
+        assert new.node.end_char_idx == old.node.end_char_idx
+        begin = new.node.start_char_idx
+        pieces = [
+            document[begin + span["start"] : begin + span["end"]]
+            for span in new.node.metadata["draftsieve"]["spans"]
+        ]
+        assert " … ".join(pieces) == new.text
+
+
 async def test_async_postprocessing_equals_sync() -> None:
     with counted(tiny_compressor()) as calls:
         found = await postprocessor().apostprocess_nodes(nodes(), query_str=QUESTION)
     assert calls == ["acompress"]
     assert plain(found) == plain(postprocessor().postprocess_nodes(nodes(), query_str=QUESTION))
+
+
+class Held(Compressor):
+    """A compressor that goes on only when it is let go."""
+
+    go = threading.Event()
+
+    def compress(self, *args: Any, **options: Any) -> CompressedContext:
+        assert self.go.wait(10), "the event loop was blocked"
+        return super().compress(*args, **options)
+
+
+async def test_the_event_loop_stays_free() -> None:
+    held = Held(tiny_model(32, seed=1), tiny_tokenizer())
+    task = asyncio.create_task(postprocessor(compressor=held).apostprocess_nodes(nodes(), QUERY))
+    await asyncio.sleep(0.05)
+    assert not task.done()
+    Held.go.set()
+    assert plain(await task) == plain(postprocessor().postprocess_nodes(nodes(), QUERY))
 
 
 def test_a_missing_query_gives_the_originals_or_raises(caplog: pytest.LogCaptureFixture) -> None:
@@ -196,6 +255,14 @@ def test_a_failed_compression_gives_the_originals_or_raises() -> None:
     assert "BudgetError" in found[0].node.metadata["draftsieve"]["fallback"]
     with pytest.raises(BudgetError):
         postprocessor(method=tiny, on_error="raise").postprocess_nodes(nodes(), QUERY)
+
+
+def test_a_timeout_gives_the_originals() -> None:
+    found = postprocessor(timeout=1e-9).postprocess_nodes(nodes(), QUERY)
+    assert [n.text for n in found] == TEXTS
+    assert "RequestTimeoutError" in found[0].node.metadata["draftsieve"]["fallback"]
+    with pytest.raises(RequestTimeoutError):
+        postprocessor(timeout=1e-9, on_error="raise").postprocess_nodes(nodes(), QUERY)
 
 
 def test_no_nodes_call_nothing() -> None:
@@ -244,6 +311,19 @@ def test_the_component_names_itself() -> None:
     assert stored["model"] == "tiny-32"
     again = DraftSievePostprocessor.from_dict(stored, compressor=tiny_compressor())
     assert again.to_dict() == stored
+
+
+def test_a_stored_component_loads_its_draft(tmp_path: Path) -> None:
+    tiny_model(32, seed=1).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    made = DraftSievePostprocessor(
+        model=str(tmp_path), method=METHOD, device="cpu", progress=False, on_error="raise"
+    )
+    again = DraftSievePostprocessor.from_json(made.to_json())
+    assert again.to_json() == made.to_json()
+    assert plain(again.postprocess_nodes(nodes(), QUERY)) == plain(
+        postprocessor().postprocess_nodes(nodes(), QUERY)
+    )
 
 
 @needs_pair

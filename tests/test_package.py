@@ -24,6 +24,7 @@ def test_public_names_are_pinned() -> None:
         "DraftSieveError",
         "Engine",
         "Generation",
+        "Grammar",
         "Passage",
         "Prompt",
         "Quantization",
@@ -31,6 +32,7 @@ def test_public_names_are_pinned() -> None:
         "SpecKV",
         "SpecKVPC",
         "SpecPC",
+        "ToolCall",
         "Trace",
         "__version__",
     ]

@@ -1,4 +1,8 @@
-"""LangChain: a document compressor, a chat model and an LLM; each call is one core call."""
+"""LangChain: document compressor, chat model, LLM, agent middleware; each call is one core call."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 from ...retrievers.extras import require
 
@@ -8,4 +12,16 @@ from .chat_model import ChatDraftSieve  # noqa: E402
 from .compressor import DraftCompressor  # noqa: E402
 from .llm import DraftSieveLLM  # noqa: E402
 
-__all__ = ["ChatDraftSieve", "DraftCompressor", "DraftSieveLLM"]
+if TYPE_CHECKING:
+    from .middleware import DraftCompressionMiddleware
+
+__all__ = ["ChatDraftSieve", "DraftCompressionMiddleware", "DraftCompressor", "DraftSieveLLM"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the middleware when it is first used: it alone needs langchain, not only its core."""
+    if name != "DraftCompressionMiddleware":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from .middleware import DraftCompressionMiddleware
+
+    return DraftCompressionMiddleware

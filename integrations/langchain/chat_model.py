@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
-from langchain_core.language_models import BaseChatModel, ModelProfile
+from langchain_core.language_models import BaseChatModel, LanguageModelInput, ModelProfile
 from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
+from langchain_core.runnables import Runnable
+from langchain_core.tools import BaseTool
+from langchain_core.utils.function_calling import convert_to_openai_tool
 
 from ...core.config import Method
+from ...core.errors import ConfigError
 from ...core.prompt import Prompt
 from ...core.types import Answer, Chunk
+from .batch import Configs, arun_together, asked_by, run_together
 from .messages import as_mappings, usage_metadata
 from .options import STRICT, EngineOptions, as_passages
+from .structured import json_output
+from .tools import as_call_chunks, as_calls, as_invalid_calls, choice_of, schema_of, tools_of
 
 
 class ChatDraftSieve(EngineOptions, BaseChatModel):
@@ -25,7 +33,9 @@ class ChatDraftSieve(EngineOptions, BaseChatModel):
     passages), which go in front of the last human message. Nothing else is ever compressed.
 
     A call may override `method`, `on_error`, `max_tokens`, `temperature`, `top_p`, `top_k`,
-    `min_p`, `repetition_penalty`, `seed` and `stop`; other keyword arguments are refused.
+    `min_p`, `repetition_penalty`, `seed`, `timeout` and `stop`, and give `tools`, `tool_choice`,
+    `parallel_tool_calls`, OpenAI's `response_format` or a `Grammar`; other keyword arguments are
+    refused.
 
     Options: see `EngineOptions`, and `streaming`: True reports tokens to callbacks as they come in
     `invoke` too, False never streams; left out, LangChain decides.
@@ -49,8 +59,111 @@ class ChatDraftSieve(EngineOptions, BaseChatModel):
         return "draftsieve-chat"
 
     def _resolve_model_profile(self) -> ModelProfile | None:
-        window = None if self.engine is None else self.engine.context_window
-        return None if window is None else {"max_input_tokens": window}
+        if self.engine is None:
+            return None
+        found = ModelProfile(
+            name=self.engine.model_name,
+            text_inputs=True,
+            text_outputs=True,
+            image_inputs=False,
+            audio_inputs=False,
+            video_inputs=False,
+            reasoning_output=False,
+            tool_calling=True,
+            tool_choice=True,
+            tool_call_streaming=True,
+            structured_output=True,
+            temperature=True,
+        )
+        if self.engine.context_window is not None:
+            found["max_input_tokens"] = self.engine.context_window
+        return found
+
+    def bind_tools(
+        self,
+        tools: Sequence[dict[str, Any] | type | Callable[..., Any] | BaseTool],
+        *,
+        tool_choice: Any = None,
+        parallel_tool_calls: bool | None = None,
+        **kwargs: Any,
+    ) -> Runnable[LanguageModelInput, AIMessage]:
+        """Let the model call tools; constrained decoding makes every call fit its schema.
+
+        Args:
+            tools: Functions, classes, tools or OpenAI tool schemas.
+            tool_choice: None or "auto" for text, calls or both; "any" (or "required", True) for
+                calls only; "none" (or False) for no calls; the name of the tool to call.
+            parallel_tool_calls: Whether an answer may hold several calls; None allows it where
+                text is allowed too ("auto").
+            kwargs: More options of the calls.
+
+        Raises:
+            GrammarError: `tool_choice` names no tool, or a schema cannot be enforced.
+            MissingExtraError: llguidance is not installed.
+        """
+        options = {
+            "tools": [convert_to_openai_tool(tool) for tool in tools],
+            "tool_choice": choice_of(tool_choice),
+            "parallel_tool_calls": parallel_tool_calls,
+        }
+        self.call_options(None, options)  # faults show here, not in the first call
+        return self.bind(**options, **kwargs)
+
+    def with_structured_output(
+        self,
+        schema: dict[str, Any] | type,
+        *,
+        include_raw: bool = False,
+        method: str = "function_calling",
+        strict: bool | None = None,
+        **kwargs: Any,
+    ) -> Runnable[LanguageModelInput, Any]:
+        """Answer with a pydantic object or a dict; constrained decoding makes it fit the schema.
+
+        Args:
+            schema: A pydantic class, a TypedDict, or a JSON or OpenAI tool schema.
+            include_raw: Return {"raw", "parsed", "parsing_error"} instead of raising where an
+                answer cannot be parsed (it was cut off by `max_tokens`, say).
+            method: "function_calling" for one call of a tool of that schema; "json_schema" for
+                bare JSON, with the schema in the system text; "json_mode" for any JSON object,
+                with nothing added to the prompt.
+            strict: Has no effect: the schema is always enforced.
+
+        Raises:
+            ConfigError: There is no such method.
+        """
+        if method == "function_calling":
+            return super().with_structured_output(schema, include_raw=include_raw, **kwargs)
+        if method not in ("json_schema", "json_mode") or kwargs:
+            raise ConfigError(
+                f"with_structured_output(method={method!r}, {', '.join(kwargs)}): methods are "
+                '"function_calling", "json_schema" and "json_mode", without further options.'
+            )
+        return json_output(self, schema, method, include_raw)
+
+    def batch(
+        self,
+        inputs: list[LanguageModelInput],
+        config: Configs = None,
+        *,
+        return_exceptions: bool = False,
+        **kwargs: Any,
+    ) -> list[Any]:
+        """Answer inputs as one batch of the target, of at most `max_concurrency` (32) rows."""
+        invoke = partial(self.invoke, **kwargs)
+        return run_together(self.loaded, invoke, inputs, config, return_exceptions)
+
+    async def abatch(
+        self,
+        inputs: list[LanguageModelInput],
+        config: Configs = None,
+        *,
+        return_exceptions: bool = False,
+        **kwargs: Any,
+    ) -> list[Any]:
+        """Do what `batch` does without blocking the event loop."""
+        invoke = partial(self.ainvoke, **kwargs)
+        return await arun_together(self.loaded, invoke, inputs, config, return_exceptions)
 
     def _generate(
         self,
@@ -60,7 +173,7 @@ class ChatDraftSieve(EngineOptions, BaseChatModel):
         **kwargs: Any,
     ) -> ChatResult:
         options = self.call_options(stop, kwargs)
-        answer = self.loaded.generate(_prompt(messages, kwargs), **dict(options))
+        answer = asked_by(self.loaded).generate(_prompt(messages, kwargs), **dict(options))
         return self._result(answer, options.method)
 
     async def _agenerate(
@@ -71,7 +184,8 @@ class ChatDraftSieve(EngineOptions, BaseChatModel):
         **kwargs: Any,
     ) -> ChatResult:
         options = self.call_options(stop, kwargs)
-        answer = await self.loaded.agenerate(_prompt(messages, kwargs), **dict(options))
+        asked = asked_by(self.loaded)
+        answer = await asked.agenerate(_prompt(messages, kwargs), **dict(options))
         return self._result(answer, options.method)
 
     def _stream(
@@ -81,9 +195,10 @@ class ChatDraftSieve(EngineOptions, BaseChatModel):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> Iterator[ChatGenerationChunk]:
-        options = self.call_options(stop, kwargs)
+        options, told = self.call_options(stop, kwargs), 0
         for piece in self.loaded.stream_prompt(_prompt(messages, kwargs), **dict(options)):
-            chunk = self._chunk(piece, options.method)
+            chunk = self._chunk(piece, options.method, told)
+            told += len(piece.tool_calls)
             if run_manager is not None:
                 run_manager.on_llm_new_token(piece.text, chunk=chunk)
             yield chunk
@@ -95,9 +210,10 @@ class ChatDraftSieve(EngineOptions, BaseChatModel):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> AsyncIterator[ChatGenerationChunk]:
-        options = self.call_options(stop, kwargs)
+        options, told = self.call_options(stop, kwargs), 0
         async for piece in self.loaded.astream_prompt(_prompt(messages, kwargs), **dict(options)):
-            chunk = self._chunk(piece, options.method)
+            chunk = self._chunk(piece, options.method, told)
+            told += len(piece.tool_calls)
             if run_manager is not None:
                 await run_manager.on_llm_new_token(piece.text, chunk=chunk)
             yield chunk
@@ -105,14 +221,24 @@ class ChatDraftSieve(EngineOptions, BaseChatModel):
     def _result(self, answer: Answer, method: Method | None) -> ChatResult:
         message = AIMessage(
             content=answer.text,
+            tool_calls=as_calls(answer.tool_calls),
+            invalid_tool_calls=as_invalid_calls(answer.broken_calls),
             usage_metadata=usage_metadata(answer.usage),
             response_metadata=self.report(answer, method),
         )
         return ChatResult(generations=[ChatGeneration(message=message)])
 
-    def _chunk(self, piece: Chunk, method: Method | None) -> ChatGenerationChunk:
-        """A piece as a message; usage and metadata come once, with the last one."""
-        message = AIMessageChunk(content=piece.text)
+    def _chunk(self, piece: Chunk, method: Method | None, told: int) -> ChatGenerationChunk:
+        """A piece as a message; usage and metadata come once, with the last one.
+
+        Args:
+            piece: The core's chunk.
+            method: The method that was asked for.
+            told: Tool calls of the pieces before.
+        """
+        broken = () if piece.answer is None else piece.answer.broken_calls
+        chunks = as_call_chunks(piece.tool_calls, broken, told)
+        message = AIMessageChunk(content=piece.text, tool_call_chunks=chunks)
         if piece.answer is not None:
             message.usage_metadata = usage_metadata(piece.answer.usage)
             message.response_metadata = self.report(piece.answer, method)
@@ -120,6 +246,8 @@ class ChatDraftSieve(EngineOptions, BaseChatModel):
         return ChatGenerationChunk(message=message)
 
 
-def _prompt(messages: list[BaseMessage], options: dict[str, Any]) -> Prompt:
+def _prompt(messages: list[BaseMessage], options: Mapping[str, Any]) -> Prompt:
     documents = as_passages(options.get("documents") or ())
-    return Prompt.from_messages(as_mappings(messages), documents)
+    return Prompt.from_messages(
+        as_mappings(messages), documents, tools_of(options), schema_of(options)
+    )

@@ -4,17 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from typing import Any
+from typing import Any, NamedTuple
 
 from langchain_core.callbacks import Callbacks
 from langchain_core.documents import BaseDocumentCompressor, Document
-from pydantic import ConfigDict, Field
+from langchain_core.runnables import RunnableConfig, RunnableLambda
+from pydantic import ConfigDict, Field, NonNegativeInt, PositiveFloat
 
 from ...core.compressor import Compressor, OnError
 from ...core.config import Quantization, SpecPC
 from ...core.prompt import DEFAULT_SYSTEM
 from ...core.types import CompressedContext, Passage
 from ...retrievers.provenance import KEY, provenance
+
+
+class _Request(NamedTuple):
+    """What callbacks see as the input."""
+
+    documents: Sequence[Document]
+    query: str
 
 
 class DraftCompressor(BaseDocumentCompressor):
@@ -32,6 +40,11 @@ class DraftCompressor(BaseDocumentCompressor):
         system: The system text that the draft reads in front of the documents; None for none.
         on_error: "original" gives the documents back unchanged when a request fails and logs a
             warning; "raise" raises.
+        timeout: Seconds after which a request fails; None for no limit.
+        keep_order: True for the order of the input, False for the documents of best score first.
+        drop_empty: Leave out documents of which nothing is kept; None for what `method` says.
+        min_tokens: Documents of fewer draft tokens together stay whole; None for what `method`
+            says.
         quantization: Weights in 4 or 8 bits.
         device: "auto", "cpu", "cuda", ...
         dtype: "auto", "float32", "bfloat16", ...
@@ -51,6 +64,10 @@ class DraftCompressor(BaseDocumentCompressor):
     method: SpecPC = SpecPC.preset("2026-11", ratio=0.3)
     system: str | None = DEFAULT_SYSTEM
     on_error: OnError = "original"
+    timeout: PositiveFloat | None = None
+    keep_order: bool = True
+    drop_empty: bool | None = None
+    min_tokens: NonNegativeInt | None = None
     quantization: Quantization | None = None
     device: str = "auto"
     dtype: str = "auto"
@@ -60,8 +77,11 @@ class DraftCompressor(BaseDocumentCompressor):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
+        own = {"drop_empty": self.drop_empty, "min_tokens": self.min_tokens}
+        changed = {name: value for name, value in own.items() if value is not None}
+        self.method = self.method.model_copy(update=changed)
         if self.compressor is not None:
-            self.model = self.compressor.model.name_or_path
+            self.model = str(self.compressor.model.name_or_path)
             return
         self.compressor = Compressor.load(
             self.model,
@@ -81,39 +101,69 @@ class DraftCompressor(BaseDocumentCompressor):
         Args:
             documents: Retrieved documents; they are not changed.
             query: The question.
-            callbacks: Not used: a compression is one step.
+            callbacks: They see the compression as one run of a chain named "DraftCompressor".
 
         Returns:
-            Shortened copies in the same order.
+            Shortened copies in the same order, or best first where `keep_order` is False.
 
         Raises:
-            DraftSieveError: The request failed and `on_error` is "raise".
+            DraftSieveError: The request failed and `on_error` is "raise"; a
+                `RequestTimeoutError` where the time was up.
         """
-        if not documents:
-            return []
-        assert self.compressor is not None
-        context = self.compressor.compress(query, _passages(documents), **self._options())
-        return _documents(documents, context)
+        return self._run.invoke(_Request(documents, query), self._config(callbacks))
 
     async def acompress_documents(
         self, documents: Sequence[Document], query: str, callbacks: Callbacks | None = None
     ) -> list[Document]:
         """Do what `compress_documents` does without blocking the event loop."""
-        if not documents:
+        return await self._run.ainvoke(_Request(documents, query), self._config(callbacks))
+
+    @property
+    def _run(self) -> RunnableLambda[_Request, list[Document]]:
+        """A compression as LangChain traces it."""
+        return RunnableLambda(self._shorten, self._ashorten)
+
+    def _config(self, callbacks: Callbacks | None) -> RunnableConfig:
+        return {"callbacks": callbacks, "run_name": type(self).__name__}
+
+    def _shorten(self, request: _Request) -> list[Document]:
+        if not request.documents:
             return []
         assert self.compressor is not None
-        context = await self.compressor.acompress(query, _passages(documents), **self._options())
-        return _documents(documents, context)
+        passages = _passages(request.documents)
+        context = self.compressor.compress(request.query, passages, **self._options())
+        return self._documents(request.documents, context)
+
+    async def _ashorten(self, request: _Request) -> list[Document]:
+        if not request.documents:
+            return []
+        assert self.compressor is not None
+        passages = _passages(request.documents)
+        context = await self.compressor.acompress(request.query, passages, **self._options())
+        return self._documents(request.documents, context)
 
     def _options(self) -> dict[str, Any]:
-        return {"method": self.method, "system": self.system, "on_error": self.on_error}
+        return {
+            "method": self.method,
+            "system": self.system,
+            "on_error": self.on_error,
+            "timeout": self.timeout,
+        }
+
+    def _documents(
+        self, documents: Sequence[Document], context: CompressedContext
+    ) -> list[Document]:
+        found = _copies(documents, context)
+        if self.keep_order:
+            return found
+        return sorted(found, key=lambda document: -document.metadata[KEY]["score"])
 
 
 def _passages(documents: Sequence[Document]) -> list[Passage]:
     return [Passage(document.page_content, document.id) for document in documents]
 
 
-def _documents(documents: Sequence[Document], context: CompressedContext) -> list[Document]:
+def _copies(documents: Sequence[Document], context: CompressedContext) -> list[Document]:
     """Copies of the documents with the texts of the context's passages, by index."""
     return [
         documents[index].model_copy(

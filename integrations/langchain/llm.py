@@ -10,10 +10,12 @@ from langchain_core.language_models import BaseLLM
 from langchain_core.outputs import Generation, GenerationChunk, LLMResult
 
 from ...core.config import Method
+from ...core.errors import GrammarError
 from ...core.prompt import Prompt
 from ...core.types import Answer, Chunk
 from .messages import usage_metadata
 from .options import CALL_OPTIONS, STRICT, EngineOptions, as_passages
+from .tools import schema_of
 
 
 class DraftSieveLLM(EngineOptions, BaseLLM):
@@ -23,7 +25,8 @@ class DraftSieveLLM(EngineOptions, BaseLLM):
     (texts, documents or passages) stand in front of each of its prompts.
 
     A call may override `method`, `on_error`, `max_tokens`, `temperature`, `top_p`, `top_k`,
-    `min_p`, `repetition_penalty`, `seed` and `stop`; other keyword arguments are refused.
+    `min_p`, `repetition_penalty`, `seed`, `timeout` and `stop`, and give OpenAI's
+    `response_format` or a `Grammar`; other keyword arguments are refused.
 
     Options: see `EngineOptions`.
 
@@ -68,12 +71,19 @@ class DraftSieveLLM(EngineOptions, BaseLLM):
     ) -> LLMResult:
         options = self.call_options(stop, kwargs)
         answers = self.loaded.generate_many([_prompt(p, kwargs) for p in prompts], **dict(options))
-        return LLMResult(
-            generations=[
-                [Generation(text=a.text, generation_info=self._info(a, options.method))]
-                for a in answers
-            ]
-        )
+        return self._result(answers, options.method)
+
+    async def _agenerate(
+        self,
+        prompts: list[str],
+        stop: list[str] | None = None,
+        run_manager: AsyncCallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> LLMResult:
+        options = self.call_options(stop, kwargs)
+        asked = [_prompt(prompt, kwargs) for prompt in prompts]
+        answers = await self.loaded.agenerate_many(asked, **dict(options))
+        return self._result(answers, options.method)
 
     def _stream(
         self,
@@ -103,6 +113,13 @@ class DraftSieveLLM(EngineOptions, BaseLLM):
                 await run_manager.on_llm_new_token(piece.text, chunk=chunk)
             yield chunk
 
+    def _result(self, answers: list[Answer], method: Method | None) -> LLMResult:
+        generations = [
+            [Generation(text=answer.text, generation_info=self._info(answer, method))]
+            for answer in answers
+        ]
+        return LLMResult(generations=generations)
+
     def _chunk(self, piece: Chunk, method: Method | None) -> GenerationChunk:
         info = None if piece.answer is None else self._info(piece.answer, method)
         return GenerationChunk(text=piece.text, generation_info=info)
@@ -113,4 +130,7 @@ class DraftSieveLLM(EngineOptions, BaseLLM):
 
 def _prompt(text: str, options: dict[str, Any]) -> Prompt:
     documents = as_passages(options.get("documents") or ())
-    return Prompt.from_messages([{"role": "user", "content": text}], documents)
+    if options.get("tools"):
+        raise GrammarError("A text LLM calls no tools: use ChatDraftSieve(...).bind_tools.")
+    messages = [{"role": "user", "content": text}]
+    return Prompt.from_messages(messages, documents, schema=schema_of(options))

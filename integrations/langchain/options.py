@@ -14,10 +14,22 @@ from ...core.config import Generation, Method, Options, Quantization
 from ...core.engine import Engine
 from ...core.errors import ModelError
 from ...core.types import Answer, Passage
+from .tools import TOOL_OPTIONS, grammar_of
 
 STRICT = ConfigDict(extra="forbid")  # of each class: LangChain's bases ignore unknown options
 _NAMES = {"max_tokens": "max_new_tokens"}  # LangChain's name -> ours
-_APART = frozenset({"method", "on_error", "documents", "stream"})  # not about decoding
+_DECODING = (
+    "max_tokens",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "seed",
+    "timeout",
+)
+# not about decoding, or turned into a grammar
+_APART = frozenset({"method", "on_error", "documents", "stream", *TOOL_OPTIONS})
 CALL_OPTIONS = frozenset(Generation.model_fields) | _NAMES.keys() | _APART
 
 
@@ -44,8 +56,13 @@ class EngineOptions(BaseLanguageModel[Any]):
         temperature: 0 for greedy decoding.
         top_p: Nucleus size for sampling.
         top_k: Sample among the k likeliest tokens; 0 for all.
+        min_p: Drop tokens below this share of the likeliest one's probability.
+        repetition_penalty: Above 1 against repetitions, which small models fall into.
         seed: Seed of the sampling; None draws a fresh one.
         stop: Strings that end an answer; a call's own `stop` replaces them.
+        timeout: Seconds after which a request fails with `RequestTimeoutError`.
+        max_retries: Taken so that models can be exchanged, and without effect: there is no
+            network, and a request that fails here fails again.
         quantization: Weights of the target in 4 or 8 bits.
         draft_quantization: Weights of the draft in 4 or 8 bits.
         device: "auto", "cpu", "cuda", ...
@@ -72,8 +89,12 @@ class EngineOptions(BaseLanguageModel[Any]):
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
     seed: int | None = None
     stop: list[str] | None = None
+    timeout: float | None = None
+    max_retries: int = 0
     quantization: Quantization | None = None
     draft_quantization: Quantization | None = None
     device: str = "auto"
@@ -129,10 +150,7 @@ class EngineOptions(BaseLanguageModel[Any]):
         Raises:
             ValidationError: An option is unknown or invalid.
         """
-        own = {
-            name: getattr(self, name)
-            for name in ("max_tokens", "temperature", "top_p", "top_k", "seed")
-        }
+        own = {name: getattr(self, name) for name in _DECODING}
         merged = {_NAMES.get(name, name): value for name, value in {**own, **options}.items()}
         ends = self.stop if stop is None else stop
         return Generation.model_validate({**merged, "stop": tuple(ends or ())})
@@ -142,18 +160,22 @@ class EngineOptions(BaseLanguageModel[Any]):
 
         Args:
             stop: The call's stop strings; None for the object's.
-            options: The call's keyword arguments; `method` and `on_error` may be among them.
+            options: The call's keyword arguments; `method`, `on_error`, and what decides about a
+                grammar (`TOOL_OPTIONS`) may be among them.
 
         Returns:
             Validated options.
 
         Raises:
             ValidationError: An option is unknown or invalid.
+            GrammarError: Tools or a schema cannot be used.
         """
         decoding = {name: value for name, value in options.items() if name not in _APART}
+        grammar = grammar_of(options)
+        wanted = decoding if grammar is None else {**decoding, "grammar": grammar}
         return CallOptions(
             method=options.get("method", self.method),
-            generation=self.generation(stop, decoding),
+            generation=self.generation(stop, wanted),
             on_error=options.get("on_error", self.on_error),
         )
 

@@ -1,10 +1,11 @@
-"""LlamaIndex: an LLM, a node postprocessor; each call is one core call."""
+"""LlamaIndex: an LLM, a node postprocessor and a memory block; each call is one core call."""
 
 from ...retrievers.extras import require
 
 require("llama_index.core", "llama-index", "draftsieve.integrations.llama_index")
 
 from .llm import DraftSieveLLM  # noqa: E402
+from .memory import DraftSieveMemoryBlock  # noqa: E402
 from .postprocessor import DraftSievePostprocessor  # noqa: E402
 
-__all__ = ["DraftSieveLLM", "DraftSievePostprocessor"]
+__all__ = ["DraftSieveLLM", "DraftSieveMemoryBlock", "DraftSievePostprocessor"]

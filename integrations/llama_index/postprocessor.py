@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from copy import deepcopy
 from typing import Any
 
@@ -10,18 +10,15 @@ from llama_index.core.instrumentation.events.rerank import ReRankEndEvent, ReRan
 from llama_index.core.postprocessor.types import BaseNodePostprocessor
 from llama_index.core.schema import BaseNode, MetadataMode, NodeWithScore, QueryBundle
 from llama_index_instrumentation import get_dispatcher
-from pydantic import ConfigDict, Field
 
-from ...core.compressor import Compressor, OnError
-from ...core.config import Quantization, SpecPC
-from ...core.prompt import DEFAULT_SYSTEM
 from ...core.types import CompressedContext, Passage
 from ...retrievers.provenance import KEY, provenance
+from .draft_options import SieveOptions
 
 dispatcher = get_dispatcher(__name__)
 
 
-class DraftSievePostprocessor(BaseNodePostprocessor):
+class DraftSievePostprocessor(SieveOptions, BaseNodePostprocessor):
     """Shortens retrieved nodes to what a draft model finds relevant to the query.
 
     The draft is loaded when the object is made. Nodes keep their order, number (unless
@@ -34,53 +31,9 @@ class DraftSievePostprocessor(BaseNodePostprocessor):
 
     Tracing sees a rerank event with the nodes before and after.
 
-    Args:
-        model: "builtin:draft", a folder or a hub id of the draft.
-        compressor: A loaded compressor, instead of `model`.
-        method: How much is kept, and of what.
-        system: The system text that the draft reads in front of the nodes; None for none.
-        on_error: "original" gives the nodes back with their whole text when a request fails, a
-            missing query included, and logs a warning; "raise" raises.
-        quantization: Weights in 4 or 8 bits.
-        device: "auto", "cpu", "cuda", ...
-        dtype: "auto", "float32", "bfloat16", ...
-        template_options: Passed to the draft's chat template.
-        trust_remote_code: Run code that a hub repository carries.
-        progress: Show progress bars while loading.
-
-    Raises:
-        ModelNotFoundError: There is no such model.
-        ValidationError: An option is unknown or invalid.
+    Options: see `SieveOptions`. Where `on_error` is "original", a missing query fails like any
+    other request: the nodes come back with their whole text, and a warning is logged.
     """
-
-    model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
-
-    model: str = "builtin:draft"
-    compressor: Compressor | None = Field(default=None, exclude=True, repr=False)
-    method: SpecPC = SpecPC.preset("2026-11", ratio=0.3)
-    system: str | None = DEFAULT_SYSTEM
-    on_error: OnError = "original"
-    quantization: Quantization | None = None
-    device: str = "auto"
-    dtype: str = "auto"
-    template_options: Mapping[str, Any] | None = None
-    trust_remote_code: bool = False
-    progress: bool = True
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        if self.compressor is not None:
-            self.model = self.compressor.model.name_or_path
-            return
-        self.compressor = Compressor.load(
-            self.model,
-            quantization=self.quantization,
-            device=self.device,
-            dtype=self.dtype,
-            template_options=self.template_options,
-            trust_remote_code=self.trust_remote_code,
-            progress=self.progress,
-        )
 
     @classmethod
     def class_name(cls) -> str:
@@ -92,10 +45,11 @@ class DraftSievePostprocessor(BaseNodePostprocessor):
     ) -> list[NodeWithScore]:
         if not nodes:
             return []
-        assert self.compressor is not None
         self._started(nodes, query_bundle)
         question = _question(query_bundle)
-        context = self.compressor.compress(question, _passages(nodes), **self._options())
+        context = self.loaded.compress(
+            question, _passages(nodes), self.method, **self.call_options()
+        )
         return _ended(_nodes(nodes, context))
 
     async def _apostprocess_nodes(
@@ -103,14 +57,12 @@ class DraftSievePostprocessor(BaseNodePostprocessor):
     ) -> list[NodeWithScore]:
         if not nodes:
             return []
-        assert self.compressor is not None
         self._started(nodes, query_bundle)
         question = _question(query_bundle)
-        context = await self.compressor.acompress(question, _passages(nodes), **self._options())
+        context = await self.loaded.acompress(
+            question, _passages(nodes), self.method, **self.call_options()
+        )
         return _ended(_nodes(nodes, context))
-
-    def _options(self) -> dict[str, Any]:
-        return {"method": self.method, "system": self.system, "on_error": self.on_error}
 
     def _started(self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None) -> None:
         dispatcher.event(

@@ -1,0 +1,105 @@
+"""Tools and structured output in LangChain's terms: what a call asks for, and calls as messages."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+from uuid import uuid4
+
+from langchain_core.messages import InvalidToolCall, ToolCallChunk
+from langchain_core.messages import ToolCall as Call
+from langchain_core.messages.tool import invalid_tool_call, tool_call_chunk
+from langchain_core.messages.tool import tool_call as as_call
+
+from ...core.constrained import Grammar
+from ...core.errors import GrammarError
+from ...core.types import ToolCall
+
+TOOL_OPTIONS = frozenset({"tools", "tool_choice", "parallel_tool_calls", "response_format"})
+_SPELLINGS = {None: "auto", "required": "any", True: "any", False: "none"}
+BROKEN = "The call is cut off or no valid JSON."
+
+
+def choice_of(tool_choice: Any) -> str:
+    """One spelling of the ways to choose a tool.
+
+    Args:
+        tool_choice: None, "auto", "any", "required", "none", a bool, a tool's name, or OpenAI's
+            {"type": "function", "function": {"name": ...}}.
+
+    Returns:
+        "auto", "any", "none" or a tool's name.
+
+    Raises:
+        GrammarError: It is none of these.
+    """
+    if isinstance(tool_choice, Mapping):
+        tool_choice = (tool_choice.get("function") or tool_choice).get("name", tool_choice)
+    if isinstance(tool_choice, str | bool | None):
+        return str(_SPELLINGS.get(tool_choice, tool_choice))
+    raise GrammarError(
+        f'tool_choice={tool_choice!r}: give "auto", "any", "none" or the name of a tool.'
+    )
+
+
+def tools_of(options: Mapping[str, Any]) -> Sequence[Mapping[str, Any]] | None:
+    """The tools that a call puts into the prompt; None if it may not use any."""
+    return None if choice_of(options.get("tool_choice")) == "none" else options.get("tools")
+
+
+def schema_of(options: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The JSON schema that the prompt states: OpenAI's `response_format` of type "json_schema"."""
+    wanted = options.get("response_format") or {}
+    return wanted["json_schema"]["schema"] if wanted.get("type") == "json_schema" else None
+
+
+def grammar_of(options: Mapping[str, Any]) -> Grammar | None:
+    """What a call's tools or response format allow the answer to be; None for anything.
+
+    Raises:
+        GrammarError: Tools and a response format exclude each other, or cannot be used.
+    """
+    tools, wanted = tools_of(options), options.get("response_format")
+    if tools and wanted:
+        raise GrammarError("A call takes tools or a response_format, not both: choose one.")
+    if wanted:
+        return Grammar.json_schema(schema_of(options) or {"type": "object"})
+    if not tools:
+        return None
+    choice = choice_of(options.get("tool_choice"))
+    parallel = options.get("parallel_tool_calls")
+    return Grammar.tool_calls(
+        tools, choice, parallel=choice == "auto" if parallel is None else bool(parallel)
+    )
+
+
+def as_calls(calls: Sequence[ToolCall]) -> list[Call]:
+    """The core's calls with fresh ids."""
+    return [as_call(name=c.name, args=dict(c.arguments), id=_new_id()) for c in calls]
+
+
+def as_invalid_calls(broken: Sequence[str]) -> list[InvalidToolCall]:
+    """Calls that cannot be read, as their text."""
+    return [invalid_tool_call(args=text, id=_new_id(), error=BROKEN) for text in broken]
+
+
+def as_call_chunks(
+    calls: Sequence[ToolCall], broken: Sequence[str], first: int
+) -> list[ToolCallChunk]:
+    """The core's calls as chunks, each whole, numbered from `first`.
+
+    The text of a broken one is no JSON, so the sum of the chunks has it among its invalid calls.
+    """
+    texts: list[tuple[str | None, str]] = [
+        *((call.name, json.dumps(call.arguments, ensure_ascii=False)) for call in calls),
+        *((None, text) for text in broken),
+    ]
+    return [
+        tool_call_chunk(name=name, args=text, id=_new_id(), index=first + place)
+        for place, (name, text) in enumerate(texts)
+    ]
+
+
+def _new_id() -> str:
+    return f"call_{uuid4().hex}"

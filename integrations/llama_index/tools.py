@@ -1,0 +1,79 @@
+"""LlamaIndex tools as schemas for the core, and the core's tool calls as LlamaIndex's."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+from uuid import uuid4
+
+from llama_index.core.base.llms.types import ChatMessage, ToolCallBlock
+from llama_index.core.llms.llm import ToolSelection
+from llama_index.core.tools.types import BaseTool
+
+from ...core.types import ToolCall
+
+
+def tool_schema(tool: BaseTool) -> dict[str, Any]:
+    """Describe a tool to the core, under its own name and with its whole description."""
+    function = {
+        "name": tool.metadata.get_name(),
+        "description": tool.metadata.description,
+        "parameters": tool.metadata.get_parameters_dict(),
+    }
+    return {"type": "function", "function": function}
+
+
+def choice_of(tool_choice: str | Mapping[str, Any] | None, *, required: bool) -> str:
+    """The core's word for a tool choice.
+
+    Args:
+        tool_choice: "auto", "any", "required", "none", a tool's name,
+            {"type": "function", "function": {"name": ...}}, or None.
+        required: What "auto" and None mean: True for any tool, False for a free choice.
+
+    Returns:
+        "auto", "any", "none" or a tool's name.
+    """
+    if isinstance(tool_choice, Mapping):
+        return str(tool_choice["function"]["name"])
+    if tool_choice in (None, "auto"):
+        return "any" if required else "auto"
+    return "any" if tool_choice == "required" else str(tool_choice)
+
+
+def call_blocks(calls: Sequence[ToolCall]) -> list[ToolCallBlock]:
+    """Calls as blocks of a message, each with a fresh id."""
+    return [
+        ToolCallBlock(
+            tool_call_id=f"call_{uuid4().hex}",
+            tool_name=call.name,
+            tool_kwargs=dict(call.arguments),
+        )
+        for call in calls
+    ]
+
+
+def call_mapping(block: ToolCallBlock) -> dict[str, Any]:
+    """A call of an earlier answer as chat templates take it."""
+    function = {"name": block.tool_name, "arguments": call_arguments(block)}
+    return {"id": block.tool_call_id, "type": "function", "function": function}
+
+
+def selections(message: ChatMessage) -> list[ToolSelection]:
+    """The calls of a message as agents and programs take them."""
+    calls = [block for block in message.blocks if isinstance(block, ToolCallBlock)]
+    return [
+        ToolSelection(
+            tool_id=call.tool_call_id or "",
+            tool_name=call.tool_name,
+            tool_kwargs=call_arguments(call),
+        )
+        for call in calls
+    ]
+
+
+def call_arguments(call: ToolCallBlock) -> dict[str, Any]:
+    """The arguments of a call; other models' calls may hold them as JSON."""
+    found = call.tool_kwargs
+    return dict(json.loads(found)) if isinstance(found, str) else found

@@ -1,0 +1,246 @@
+"""LangChain retrievers: BM25, sieved by a draft, and guided by the draft's guess."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from inspect import Parameter, signature
+from typing import Annotated, Any
+
+from pydantic import ConfigDict, Field
+
+from ..core.config import SpecPC
+from ..core.types import CompressedContext, Passage
+from .bm25 import Bm25Index
+from .extras import require
+from .options import DraftOptions
+from .provenance import KEY
+from .sieved import Mode, Order, fused, picked, reading
+
+require("langchain_core", "langchain", "draftsieve.retrievers.langchain")
+
+from langchain_core.callbacks import (  # noqa: E402
+    AsyncCallbackManagerForRetrieverRun,
+    CallbackManagerForRetrieverRun,
+)
+from langchain_core.documents import Document  # noqa: E402
+from langchain_core.retrievers import BaseRetriever  # noqa: E402
+from langchain_core.runnables import RunnableConfig  # noqa: E402
+
+Count = Annotated[int, Field(ge=1)]
+_STRICT = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
+
+
+class Bm25Retriever(BaseRetriever):
+    """Finds documents by the words they share with the query.
+
+    Args:
+        index: A `Bm25Index`, made here or loaded from disk.
+        k: Most documents returned; `invoke(query, k=...)` overrides it.
+    """
+
+    model_config = _STRICT
+
+    index: Bm25Index = Field(exclude=True, repr=False)
+    k: Count = 4
+
+    @classmethod
+    def from_documents(
+        cls, documents: Sequence[Document], *, k: int = 4, **options: Any
+    ) -> Bm25Retriever:
+        """Index documents; options as for `Bm25Index`."""
+        passages = [Passage(d.page_content, d.id, deepcopy(d.metadata)) for d in documents]
+        return cls(index=Bm25Index(passages, **options), k=k)
+
+    def _get_relevant_documents(
+        self, query: str, *, run_manager: CallbackManagerForRetrieverRun, k: int | None = None
+    ) -> list[Document]:
+        return self._search(query, k)
+
+    async def _aget_relevant_documents(
+        self, query: str, *, run_manager: AsyncCallbackManagerForRetrieverRun, k: int | None = None
+    ) -> list[Document]:
+        return await asyncio.to_thread(self._search, query, k)
+
+    def _search(self, query: str, k: int | None) -> list[Document]:
+        return [
+            Document(passage.text, id=passage.id, metadata=deepcopy(dict(passage.metadata)))
+            for passage, _ in self.index.search(query, self.k if k is None else k)
+        ]
+
+
+class SievedRetriever(DraftOptions, BaseRetriever):
+    """Fetches k * n documents, lets a draft read them once, and keeps the best of at most k.
+
+    The budget is one for all documents. They come back as copies; `metadata["draftsieve"]` tells
+    what was kept (as for `DraftCompressor`). Documents of which nothing was kept are left out.
+
+    Args:
+        retriever: Any base retriever. It is asked for k * n documents by the argument
+            `fetch_argument`; one that does not know it returns as many as it is set to.
+        k: Most documents returned; `invoke(query, k=...)` overrides it.
+        n: How many times as many are fetched.
+        method: Budget over all documents, and how they are read; `ratio` is a share of what was
+            fetched.
+        mode: "sieve" keeps the best documents and, inside them, the best spans; "rerank" keeps
+            the best documents whole, the best first.
+        order: "original" (as fetched) or "score"; None for the mode's own.
+        fetch_argument: Name under which the base retriever takes the number of documents.
+
+    For the other options see `DraftOptions`.
+    """
+
+    model_config = _STRICT
+
+    retriever: BaseRetriever
+    k: Count = 4
+    n: Count = 4
+    method: SpecPC = SpecPC.preset("2026-11", capacity=1024)
+    mode: Mode = "sieve"
+    order: Order | None = None
+    fetch_argument: str = "k"
+
+    def _get_relevant_documents(
+        self,
+        query: str,
+        *,
+        run_manager: CallbackManagerForRetrieverRun,
+        k: int | None = None,
+        **options: Any,
+    ) -> list[Document]:
+        k = self.k if k is None else k
+        config = RunnableConfig(callbacks=run_manager.get_child())
+        found = self.retriever.invoke(query, config, **self._fetch(k), **options)[: k * self.n]
+        context = self.loaded.compress(query, _passages(found), **self._reading(k))
+        return self._documents(found, context, k)
+
+    async def _aget_relevant_documents(
+        self,
+        query: str,
+        *,
+        run_manager: AsyncCallbackManagerForRetrieverRun,
+        k: int | None = None,
+        **options: Any,
+    ) -> list[Document]:
+        k = self.k if k is None else k
+        fetch = {**self._fetch(k), **options}
+        found = (await _asearch(self.retriever, query, run_manager, fetch))[: k * self.n]
+        context = await self.loaded.acompress(query, _passages(found), **self._reading(k))
+        return self._documents(found, context, k)
+
+    def _fetch(self, k: int) -> dict[str, Any]:
+        return {self.fetch_argument: k * self.n}
+
+    def _reading(self, k: int) -> dict[str, Any]:
+        method = reading(self.method, self.mode, k)
+        return {"method": method, "system": self.system, "on_error": self.on_error}
+
+    def _documents(
+        self, found: Sequence[Document], context: CompressedContext, k: int
+    ) -> list[Document]:
+        """Copies of what was kept, by index."""
+        return [
+            found[sieved.index].model_copy(
+                update={
+                    "page_content": sieved.text,
+                    "metadata": {**deepcopy(found[sieved.index].metadata), KEY: sieved.kept},
+                }
+            )
+            for sieved in picked(context, k, self.mode, self.order)
+        ]
+
+
+class LookaheadRetriever(DraftOptions, BaseRetriever):
+    """Searches twice: with the query, and with the query and the draft's guessed answer.
+
+    The draft reads what the first search found and guesses; both results are merged by rank. It
+    costs a reading and a few decoding steps of the draft, so nothing uses it by itself: put it
+    around a base retriever where questions share few words with their answers' passages.
+
+    Args:
+        retriever: Any base retriever.
+        k: Most documents returned, and asked for in each search; `invoke(query, k=...)`
+            overrides it.
+        lookahead_tokens: Most draft tokens of the guess.
+        fetch_argument: Name under which the base retriever takes the number of documents.
+
+    For the other options see `DraftOptions`.
+    """
+
+    model_config = _STRICT
+
+    retriever: BaseRetriever
+    k: Count = 4
+    lookahead_tokens: Count = 16
+    fetch_argument: str = "k"
+
+    def _get_relevant_documents(
+        self,
+        query: str,
+        *,
+        run_manager: CallbackManagerForRetrieverRun,
+        k: int | None = None,
+        **options: Any,
+    ) -> list[Document]:
+        k = self.k if k is None else k
+        config = RunnableConfig(callbacks=run_manager.get_child())
+        options = {self.fetch_argument: k, **options}
+        first = self.retriever.invoke(query, config, **options)
+        guess = self.loaded.guess_answer(query, _passages(first), **self._guessing())
+        second = self.retriever.invoke(f"{query} {guess}", config, **options) if guess else []
+        return _merged(first, second)[:k]
+
+    async def _aget_relevant_documents(
+        self,
+        query: str,
+        *,
+        run_manager: AsyncCallbackManagerForRetrieverRun,
+        k: int | None = None,
+        **options: Any,
+    ) -> list[Document]:
+        k = self.k if k is None else k
+        options = {self.fetch_argument: k, **options}
+        first = await _asearch(self.retriever, query, run_manager, options)
+        guess = await self.loaded.aguess_answer(query, _passages(first), **self._guessing())
+        again = f"{query} {guess}"
+        second = await _asearch(self.retriever, again, run_manager, options) if guess else []
+        return _merged(first, second)[:k]
+
+    def _guessing(self) -> dict[str, Any]:
+        return {
+            "tokens": self.lookahead_tokens,
+            "system": self.system,
+            "on_error": self.on_error,
+        }
+
+
+async def _asearch(
+    retriever: BaseRetriever,
+    query: str,
+    run_manager: AsyncCallbackManagerForRetrieverRun,
+    options: Mapping[str, Any],
+) -> list[Document]:
+    """Ask a base retriever without blocking the event loop.
+
+    LangChain hands options to the async side of a retriever whenever its sync side takes some,
+    which fails where the async side is LangChain's default: then the sync side runs in a thread.
+    """
+    taken = signature(type(retriever)._aget_relevant_documents).parameters.values()
+    names = {parameter.name for parameter in taken}
+    if set(options) <= names or any(p.kind is Parameter.VAR_KEYWORD for p in taken):
+        config = RunnableConfig(callbacks=run_manager.get_child())
+        return await retriever.ainvoke(query, config, **options)
+    config = RunnableConfig(callbacks=run_manager.get_sync().get_child())
+    return await asyncio.to_thread(retriever.invoke, query, config, **options)
+
+
+def _passages(documents: Sequence[Document]) -> list[Passage]:
+    return [Passage(document.page_content, document.id) for document in documents]
+
+
+def _merged(*results: Sequence[Document]) -> list[Document]:
+    """Each document once, by rank; a document is known by its id and text."""
+    keyed = [{(d.id, d.page_content): d for d in found} for found in results]
+    known = {key: document for found in reversed(keyed) for key, document in found.items()}
+    return [known[key] for key in fused(*(list(found) for found in keyed))]

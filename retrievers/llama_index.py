@@ -1,0 +1,250 @@
+"""LlamaIndex retrievers: BM25, sieved by a draft, and guided by the draft's guess."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from copy import copy, deepcopy
+from typing import Any
+
+from ..core.config import SpecPC
+from ..core.errors import ConfigError
+from ..core.types import CompressedContext, Passage
+from .bm25 import Bm25Index
+from .extras import require
+from .options import DraftOptions
+from .provenance import KEY
+from .sieved import Mode, Order, Sieved, fused, picked, reading
+
+require("llama_index.core", "llama-index", "draftsieve.retrievers.llama_index")
+
+from llama_index.core.base.base_retriever import BaseRetriever  # noqa: E402
+from llama_index.core.callbacks import CallbackManager  # noqa: E402
+from llama_index.core.schema import (  # noqa: E402
+    BaseNode,
+    MetadataMode,
+    NodeWithScore,
+    QueryBundle,
+    TextNode,
+)
+
+
+class Bm25Retriever(BaseRetriever):
+    """Finds nodes by the words they share with the query.
+
+    Args:
+        index: A `Bm25Index`, made here or loaded from disk; its passages become text nodes.
+        similarity_top_k: Most nodes returned.
+        callback_manager: LlamaIndex's.
+    """
+
+    def __init__(
+        self,
+        index: Bm25Index,
+        *,
+        similarity_top_k: int = 4,
+        callback_manager: CallbackManager | None = None,
+    ) -> None:
+        super().__init__(callback_manager=callback_manager)
+        self.index, self.similarity_top_k = index, similarity_top_k
+
+    @classmethod
+    def from_nodes(
+        cls, nodes: Sequence[BaseNode], *, similarity_top_k: int = 4, **options: Any
+    ) -> Bm25Retriever:
+        """Index the texts of nodes, without their metadata; options as for `Bm25Index`."""
+        passages = [
+            Passage(n.get_content(MetadataMode.NONE), n.node_id, deepcopy(n.metadata))
+            for n in nodes
+        ]
+        return cls(Bm25Index(passages, **options), similarity_top_k=similarity_top_k)
+
+    def _retrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
+        return [
+            NodeWithScore(node=_text_node(passage), score=score)
+            for passage, score in self.index.search(query_bundle.query_str, self.similarity_top_k)
+        ]
+
+
+class SievedRetriever(BaseRetriever):
+    """Fetches k * n nodes, lets a draft read them once, and keeps the best of at most k.
+
+    The budget is one for all nodes. They come back as copies with the draft's score;
+    `metadata["draftsieve"]` tells what was kept (as for `DraftSievePostprocessor`). Nodes of
+    which nothing was kept are left out. Only a node's text is read, not its metadata.
+
+    Args:
+        retriever: Any base retriever. One with a `similarity_top_k` is copied and set to k * n;
+            set others to it yourself.
+        k: Most nodes returned.
+        n: How many times as many are fetched.
+        method: Budget over all nodes, and how they are read; `ratio` is a share of what was
+            fetched.
+        mode: "sieve" keeps the best nodes and, inside them, the best spans; "rerank" keeps the
+            best nodes whole, the best first.
+        order: "original" (as fetched) or "score"; None for the mode's own.
+        callback_manager: LlamaIndex's.
+        options: See `DraftOptions`.
+
+    Raises:
+        ConfigError: k or n is below 1.
+    """
+
+    def __init__(
+        self,
+        retriever: BaseRetriever,
+        *,
+        k: int = 4,
+        n: int = 4,
+        method: SpecPC = SpecPC.preset("2026-11", capacity=1024),  # noqa: B008
+        mode: Mode = "sieve",
+        order: Order | None = None,
+        callback_manager: CallbackManager | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(callback_manager=callback_manager)
+        _check(k=k, n=n)
+        self.retriever, self.k, self.n = _fetching(retriever, k * n), k, n
+        self.method, self.mode, self.order = method, mode, order
+        self.options = DraftOptions(**options)
+
+    def _retrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
+        found = self.retriever.retrieve(query_bundle)[: self.k * self.n]
+        question = query_bundle.query_str
+        context = self.options.loaded.compress(question, _passages(found), **self._reading())
+        return self._nodes(found, context)
+
+    async def _aretrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
+        found = (await self.retriever.aretrieve(query_bundle))[: self.k * self.n]
+        question, draft = query_bundle.query_str, self.options.loaded
+        context = await draft.acompress(question, _passages(found), **self._reading())
+        return self._nodes(found, context)
+
+    def _reading(self) -> dict[str, Any]:
+        method = reading(self.method, self.mode, self.k)
+        options = self.options
+        return {"method": method, "system": options.system, "on_error": options.on_error}
+
+    def _nodes(
+        self, found: Sequence[NodeWithScore], context: CompressedContext
+    ) -> list[NodeWithScore]:
+        """Copies of what was kept, by index."""
+        kept = picked(context, self.k, self.mode, self.order)
+        return [_sieved_node(found[sieved.index], sieved) for sieved in kept]
+
+
+class LookaheadRetriever(BaseRetriever):
+    """Searches twice: with the query, and with the query and the draft's guessed answer.
+
+    The draft reads what the first search found and guesses; both results are merged by rank. It
+    costs a reading and a few decoding steps of the draft, so nothing uses it by itself: put it
+    around a base retriever where questions share few words with their answers' nodes.
+
+    Args:
+        retriever: Any base retriever; one with a `similarity_top_k` is copied and set to k.
+        k: Most nodes returned.
+        lookahead_tokens: Most draft tokens of the guess.
+        callback_manager: LlamaIndex's.
+        options: See `DraftOptions`.
+
+    Raises:
+        ConfigError: k or lookahead_tokens is below 1.
+    """
+
+    def __init__(
+        self,
+        retriever: BaseRetriever,
+        *,
+        k: int = 4,
+        lookahead_tokens: int = 16,
+        callback_manager: CallbackManager | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(callback_manager=callback_manager)
+        _check(k=k, lookahead_tokens=lookahead_tokens)
+        self.retriever, self.k = _fetching(retriever, k), k
+        self.lookahead_tokens, self.options = lookahead_tokens, DraftOptions(**options)
+
+    @property
+    def similarity_top_k(self) -> int:
+        """Most nodes returned, under LlamaIndex's usual name."""
+        return self.k
+
+    @similarity_top_k.setter
+    def similarity_top_k(self, k: int) -> None:
+        self.retriever, self.k = _fetching(self.retriever, k), k
+
+    def _retrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
+        first, question = self.retriever.retrieve(query_bundle), query_bundle.query_str
+        draft = self.options.loaded
+        guess = draft.guess_answer(question, _passages(first), **self._guessing())
+        second = self.retriever.retrieve(f"{question} {guess}") if guess else []
+        return _merged(first, second)[: self.k]
+
+    async def _aretrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
+        first, question = await self.retriever.aretrieve(query_bundle), query_bundle.query_str
+        draft = self.options.loaded
+        guess = await draft.aguess_answer(question, _passages(first), **self._guessing())
+        second = await self.retriever.aretrieve(f"{question} {guess}") if guess else []
+        return _merged(first, second)[: self.k]
+
+    def _guessing(self) -> dict[str, Any]:
+        return {
+            "tokens": self.lookahead_tokens,
+            "system": self.options.system,
+            "on_error": self.options.on_error,
+        }
+
+
+def _check(**numbers: int) -> None:
+    for name, number in numbers.items():
+        if number < 1:
+            raise ConfigError(f"{name} is {number}: it must be at least 1.")
+
+
+def _fetching(retriever: BaseRetriever, count: int) -> BaseRetriever:
+    """The retriever, or where its number of nodes can be set a copy that returns `count`."""
+    if not hasattr(retriever, "similarity_top_k"):
+        return retriever
+    changed: Any = copy(retriever)
+    changed.similarity_top_k = count
+    own: BaseRetriever = changed
+    return own
+
+
+def _text_node(passage: Passage) -> TextNode:
+    metadata = deepcopy(dict(passage.metadata))
+    if passage.id is None:
+        return TextNode(text=passage.text, metadata=metadata)
+    return TextNode(text=passage.text, id_=passage.id, metadata=metadata)
+
+
+def _passages(nodes: Sequence[NodeWithScore]) -> list[Passage]:
+    return [Passage(n.node.get_content(MetadataMode.NONE), n.node.node_id) for n in nodes]
+
+
+def _sieved_node(found: NodeWithScore, sieved: Sieved) -> NodeWithScore:
+    """A copy of a node with the kept text; models and embeddings do not see what was kept."""
+    node = found.node
+    own = node.model_copy(
+        update={
+            "metadata": {**deepcopy(node.metadata), KEY: sieved.kept},
+            "relationships": deepcopy(node.relationships),
+            "excluded_llm_metadata_keys": _with_key(node.excluded_llm_metadata_keys),
+            "excluded_embed_metadata_keys": _with_key(node.excluded_embed_metadata_keys),
+        }
+    )
+    if sieved.text != node.get_content(MetadataMode.NONE):
+        own.set_content(sieved.text)
+    score = found.score if sieved.score is None else sieved.score
+    return NodeWithScore(node=own, score=score)
+
+
+def _with_key(keys: Sequence[str]) -> list[str]:
+    return [*(key for key in keys if key != KEY), KEY]
+
+
+def _merged(*results: Sequence[NodeWithScore]) -> list[NodeWithScore]:
+    """Each node once, by rank."""
+    keyed = [{n.node.node_id: n for n in found} for found in results]
+    known = {key: node for found in reversed(keyed) for key, node in found.items()}
+    return [known[key] for key in fused(*(list(found) for found in keyed))]
