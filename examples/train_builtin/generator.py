@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 from itertools import islice
+from typing import Literal
 
 from tokenizers import Tokenizer
 
@@ -21,6 +22,7 @@ _OTHER_SYSTEMS = (
     "Answer briefly.",
     "Answer from the passages and keep it short.",
 )
+BACKWARD_SHARE = 0.7  # of the easy rows: values that come before their entity are harder to find
 CHARACTERS_PER_TOKEN = 2.9  # of fact-rich passages under the bundled tokenizer
 
 
@@ -119,7 +121,10 @@ def make_row(
         size = int(length * share * CHARACTERS_PER_TOKEN)
         options = SceneOptions(characters=size, held_out=held_out)
         if easy:
-            options = SceneOptions(size, held_out, True, 0.0, False, easy=True)
+            order: Literal["forward", "backward"] = (
+                "backward" if rng.random() < BACKWARD_SHARE else "forward"
+            )
+            options = SceneOptions(size, held_out, True, 0.0, False, easy=order)
         most_turns = 3 + int(length * (1 - share) / 22)
         conversation = make_conversation(rng, options, most_turns, corpus)
         encoded = tokenizer.encode_batch_fast(segments(conversation), add_special_tokens=False)

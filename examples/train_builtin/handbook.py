@@ -13,9 +13,10 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .facts import Attribute, Fact
+from draftsieve.core.evaluation.world.facts import Attribute, Fact
+from draftsieve.core.evaluation.world.names import VALUE_MAKERS, make_name, make_root, words
+
 from .scenes import attributes
-from .world import VALUE_MAKERS, make_name, make_root, words
 
 SEED = 4711
 PAGES = {"person": 17, "project": 14, "company": 10, "device": 13, "place": 12}

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from tokenizers import Tokenizer
 
-from .facts import Fact
+from draftsieve.core.evaluation.world.facts import Fact
+
 from .generator import SYSTEM, user_message
 from .questions import (
     MAKERS,

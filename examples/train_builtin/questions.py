@@ -6,9 +6,10 @@ import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from .facts import Attribute, shares_only_name
+from draftsieve.core.evaluation.world.facts import Attribute, shares_only_name
+from draftsieve.core.evaluation.world.names import ENTITY_TYPES, KINDS, make_name
+
 from .scenes import Scene, Stated, attributes
-from .world import ENTITY_TYPES, KINDS, make_name
 
 NOT_FOUND = "not in the passages"
 _PEOPLE_FORMS = ("the {l} of {e}", "the {l} of {e}", "{e}'s {l}")

@@ -6,9 +6,10 @@ import random
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from typing import Literal
 
-from .facts import Attribute, Fact, load_attributes, stopwords
-from .world import ENTITY_TYPES, KINDS, VALUE_MAKERS, make_name
+from draftsieve.core.evaluation.world.facts import Attribute, Fact, load_attributes, stopwords
+from draftsieve.core.evaluation.world.names import ENTITY_TYPES, KINDS, VALUE_MAKERS, make_name
 
 GAP = " … "
 _FILLERS = (
@@ -53,7 +54,8 @@ class SceneOptions:
     focus: bool | None = None  # many entities with the same attributes
     natural_share: float | None = None
     fragments: bool | None = None
-    easy: bool = False  # one attribute, entity before value, nothing else: pure matching of names
+    # one attribute, always entity before value or always after it, nothing else: pure matching
+    easy: Literal["forward", "backward"] | None = None
 
 
 @cache
@@ -135,7 +137,8 @@ class _Builder:
                 values.append(value)
                 forms = attribute.statements
                 if self.options.easy:
-                    forms = [form for form in forms if form.find("{e}") < form.find("{v}")]
+                    forward = self.options.easy == "forward"
+                    forms = [f for f in forms if (f.find("{e}") < f.find("{v}")) == forward]
                 sentence = rng.choice(forms).format(e=name, v=value)
                 group.append((Fact(name, attribute, value), sentence))
                 self.used += len(sentence) + 1
