@@ -46,6 +46,15 @@ def test_guide(name: str) -> None:
     assert _run(["-c", "\n".join(_blocks(ROOT / "docs" / name))]).strip()
 
 
+def test_the_tests_named_by_the_comparison_exist() -> None:
+    table = (ROOT / "docs" / "comparison.md").read_text()
+    named = re.findall(r"`(test_\w+\.py)(?:::(test_\w+))?`", table)
+    assert len(named) >= 15
+    for file, test in named:
+        source = (ROOT / "tests" / file).read_text()
+        assert f"def {test}(" in source or not test, f"{file} has no {test}"
+
+
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_example(name: str) -> None:
     assert _run([f"examples/{name}"]).strip()

@@ -29,7 +29,7 @@ TYPES = (
     "unanswerable",
 )
 OTHER_SHARE, OTHER_WEIGHT = 0.12, 0.3  # of the tokens that are not answers
-SWAP_SHARE = 0.7  # of the copy rows
+SWAP_SHARE = 0.5  # of the copy rows
 PICKED_SHARE = 0.32  # positions with logits, of all
 DEV_SEED = 777
 

@@ -33,6 +33,8 @@ def accuracy_table(results: dict[str, Any]) -> str:
         for key, label in (
             ("shares_only_name", "question shares only the name"),
             ("shares_more", "question shares more"),
+            ("name_first", "fact names entity, then value"),
+            ("value_first", "fact names value, then entity"),
         ):
             if all(c and key in c for c in shown) and "no passages" not in cell:
                 parts = " | ".join(percent(c[key]) for c in shown if c)

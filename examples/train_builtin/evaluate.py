@@ -74,7 +74,7 @@ def answer_all(
 
 
 def summarise(items: list[Item], answers: list[str]) -> dict[str, object]:
-    """Shares with intervals; one-fact items also by how much the question shares."""
+    """Shares with intervals; one-fact items also by what makes them hard."""
     exact = [answer == item.turn.answer for item, answer in zip(items, answers, strict=True)]
 
     def share(chosen: list[bool]) -> dict[str, object]:
@@ -82,7 +82,7 @@ def summarise(items: list[Item], answers: list[str]) -> dict[str, object]:
         return {
             "right": sum(chosen),
             "items": len(chosen),
-            "exact": round(sum(chosen) / len(chosen), 4),
+            "exact": round(sum(chosen) / max(1, len(chosen)), 4),
             "low": round(low, 4),
             "high": round(high, 4),
         }
@@ -94,6 +94,8 @@ def summarise(items: list[Item], answers: list[str]) -> dict[str, object]:
         pairs = list(zip(items, exact, strict=True))
         result["shares_only_name"] = share([ok for item, ok in pairs if item.turn.distant])
         result["shares_more"] = share([ok for item, ok in pairs if not item.turn.distant])
+        result["name_first"] = share([ok for item, ok in pairs if not item.turn.value_first])
+        result["value_first"] = share([ok for item, ok in pairs if item.turn.value_first])
     wrong = [(i, a) for i, a, ok in zip(items, answers, exact, strict=True) if not ok][:5]
     result["examples_of_errors"] = [
         {"question": i.turn.question, "wanted": i.turn.answer, "got": a} for i, a in wrong

@@ -34,6 +34,7 @@ class Turn:
     answer: str
     type: str
     distant: bool = False  # shares only the entity's name with the fact
+    value_first: bool = False  # the fact names its value before its entity
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +78,8 @@ def one_fact(rng: random.Random, index: _Index, distant: bool | None = None) -> 
     fact = stated.fact
     question = word_question(rng, fact.attribute, fact.entity, distant)
     only_name = shares_only_name(question, stated.sentence, fact.entity, fact.value)
-    return Turn(question, fact.value, "one-fact", only_name)
+    value_first = stated.sentence.find(fact.value) < stated.sentence.find(fact.entity)
+    return Turn(question, fact.value, "one-fact", only_name, value_first)
 
 
 def two_facts(rng: random.Random, index: _Index) -> Turn | None:
