@@ -182,7 +182,7 @@ def _gain(larger: Sequence[float], smaller: Sequence[float]) -> str:
 
 def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--lengths", type=int, nargs="+", default=[1800], help="bundled pair")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[1500], help="bundled pair")
     parser.add_argument("--random-lengths", type=int, nargs="+", default=[2048])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--share", type=int, default=8, help="keep 1 of so many passage tokens")
