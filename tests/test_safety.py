@@ -11,7 +11,6 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
-import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -107,7 +106,7 @@ def test_hostile_passages_are_compressed_and_cited_exactly(unit: str) -> None:
         assert stats.compressed_passage_tokens <= 0.3 * stats.passage_tokens + 1
 
 
-def test_a_word_of_a_megabyte_is_read_and_cut() -> None:
+def test_a_word_of_a_megabyte_is_encoded_and_a_long_one_cut() -> None:
     word = "abcdefgh" * 125_000
     prompt = Prompt.from_question(QUESTION, [word, TEXTS[0]])
     tokens = tiny_compressor().encoder.encode(prompt)
@@ -179,8 +178,16 @@ class BrokenError(RuntimeError):
     """Raised in the middle of a model's forward pass."""
 
 
-@pytest.mark.parametrize("which", ["draft", "target"])
-@pytest.mark.parametrize("method", [None, SpecPC(ratio=0.5), SpecKV(ratio=0.5)])
+@pytest.mark.parametrize(
+    ("which", "method"),
+    [
+        ("target", None),
+        ("target", SpecPC(ratio=0.5)),
+        ("target", SpecKV(ratio=0.5)),
+        ("draft", SpecPC(ratio=0.5)),
+        ("draft", SpecKV(ratio=0.5)),
+    ],
+)
 async def test_a_fault_or_a_cancellation_leaves_nothing_behind(which: str, method: Any) -> None:
     engine = tiny_engine()
     short = Generation(max_new_tokens=4)
@@ -196,11 +203,10 @@ async def test_a_fault_or_a_cancellation_leaves_nothing_behind(which: str, metho
     layer: nn.Module = model.model.layers[1]
     handle = layer.register_forward_hook(fail)
     try:
-        if which == "target" or method is not None:
-            with pytest.raises(BrokenError):
-                engine.answer(QUESTION, TEXTS, method=method, generation=short)
-            with pytest.raises(BrokenError):
-                await engine.aanswer(QUESTION, TEXTS, method=method, generation=short)
+        with pytest.raises(BrokenError):
+            engine.answer(QUESTION, TEXTS, method=method, generation=short)
+        with pytest.raises(BrokenError):
+            await engine.aanswer(QUESTION, TEXTS, method=method, generation=short)
     finally:
         handle.remove()
     task = asyncio.create_task(
@@ -221,16 +227,16 @@ async def test_a_fault_or_a_cancellation_leaves_nothing_behind(which: str, metho
 
 
 @pytest.mark.parametrize(
-    ("question", "passages", "wanted"),
+    ("question", "passages", "said"),
     [
-        ("", TEXTS, PromptError),
-        ("   \n", TEXTS, PromptError),
-        (QUESTION, [3], PromptError),
-        (None, TEXTS, PromptError),
+        ("", TEXTS, "question"),
+        ("   \n", TEXTS, "question"),
+        (QUESTION, [3], "int"),
+        (None, TEXTS, "NoneType"),
     ],
 )
-def test_bad_input_is_named(question: Any, passages: Any, wanted: type[Exception]) -> None:
-    with pytest.raises(wanted, match=r"."):
+def test_bad_input_is_named(question: Any, passages: Any, said: str) -> None:
+    with pytest.raises(PromptError, match=said):
         tiny_engine().answer(question, passages)
     assert tiny_engine().answer(QUESTION, [], generation=Generation(max_new_tokens=2)).text
 
@@ -238,6 +244,6 @@ def test_bad_input_is_named(question: Any, passages: Any, wanted: type[Exception
 def test_ids_of_passages_may_repeat_and_inputs_stay() -> None:
     passages = [Passage(text, id="same") for text in TEXTS]
     context = tiny_compressor().compress(QUESTION, passages, SpecPC(ratio=0.5))
-    assert {s.passage_index for s in context.spans} <= {0, 1, 2}
+    assert len({s.passage_index for s in context.spans}) > 1
+    check_kept(context, TEXTS)
     assert [p.text for p in passages] == TEXTS
-    assert torch.is_grad_enabled()

@@ -5,11 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from hashlib import blake2b
 from typing import Any, TypeVar
 
 import torch
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache
 
 from ..compressor import Compressor
 from ..config import Generation, Method, SpecPC
@@ -18,7 +17,7 @@ from ..encoding import PromptEncoder
 from ..errors import ModelError
 from ..lookahead import greedy
 from ..memory import Memory, read_memory
-from ..models import LoadedModel
+from ..models import LoadedModel, fingerprint
 from ..pipeline import Memories, Pipeline
 from ..prompt import Prompt
 from ..types import Answer, DraftReading, PromptTokens
@@ -106,13 +105,6 @@ class Bench:
         """Start on an item; what the last one left is forgotten."""
         self.once.clear()
         return Case(self, item)
-
-
-def fingerprint(model: PreTrainedModel) -> str:
-    """Sixteen digits that change when a model is trained further, from its first embeddings."""
-    weight: torch.Tensor = model.get_input_embeddings().weight  # type: ignore[assignment]
-    rows = weight[:256].detach().float().cpu()
-    return blake2b(rows.numpy().tobytes(), digest_size=8).hexdigest()
 
 
 class Case:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from copy import deepcopy
 from typing import Any, NamedTuple
 
 from langchain_core.callbacks import Callbacks
 from langchain_core.documents import BaseDocumentCompressor, Document
 from langchain_core.runnables import RunnableConfig, RunnableLambda
-from pydantic import ConfigDict, Field, NonNegativeInt, PositiveFloat
+from pydantic import NonNegativeInt, PositiveFloat
 
-from ...core.compressor import Compressor, OnError
-from ...core.config import Quantization, SpecPC
-from ...core.prompt import DEFAULT_SYSTEM
+from ...core.config import SpecPC
 from ...core.types import CompressedContext, Passage
+from ...retrievers.options import DraftOptions
 from ...retrievers.provenance import KEY, provenance
 
 
@@ -25,7 +24,7 @@ class _Request(NamedTuple):
     query: str
 
 
-class DraftCompressor(BaseDocumentCompressor):
+class DraftCompressor(DraftOptions, BaseDocumentCompressor):
     """Shortens retrieved documents to what a draft model finds relevant to the question.
 
     The draft is loaded when the object is made. Documents keep their order, number (unless
@@ -34,64 +33,32 @@ class DraftCompressor(BaseDocumentCompressor):
     "compressed_tokens", "score", and "fallback" (why the text is unchanged, else None).
 
     Args:
-        model: "builtin:draft", a folder or a hub id of the draft.
-        compressor: A loaded compressor, instead of `model`.
         method: How much is kept, and of what.
-        system: The system text that the draft reads in front of the documents; None for none.
-        on_error: "original" gives the documents back unchanged when a request fails and logs a
-            warning; "raise" raises.
         timeout: Seconds after which a request fails; None for no limit.
         keep_order: True for the order of the input, False for the documents of best score first.
         drop_empty: Leave out documents of which nothing is kept; None for what `method` says.
         min_tokens: Documents of fewer draft tokens together stay whole; None for what `method`
             says.
-        quantization: Weights in 4 or 8 bits.
-        device: "auto", "cpu", "cuda", ...
-        dtype: "auto", "float32", "bfloat16", ...
-        template_options: Passed to the draft's chat template.
-        trust_remote_code: Run code that a hub repository carries.
-        progress: Show progress bars while loading.
+
+    The draft and its options (`model`, `compressor`, `system`, `on_error`): see `DraftOptions`.
+    With `on_error="original"` a failed request gives the documents back unchanged.
 
     Raises:
         ModelNotFoundError: There is no such model.
         ValidationError: An option is unknown or invalid.
     """
 
-    model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
-
-    model: str = "builtin:draft"
-    compressor: Compressor | None = Field(default=None, exclude=True, repr=False)
     method: SpecPC = SpecPC.preset("2026-11", ratio=0.3)
-    system: str | None = DEFAULT_SYSTEM
-    on_error: OnError = "original"
     timeout: PositiveFloat | None = None
     keep_order: bool = True
     drop_empty: bool | None = None
     min_tokens: NonNegativeInt | None = None
-    quantization: Quantization | None = None
-    device: str = "auto"
-    dtype: str = "auto"
-    template_options: Mapping[str, Any] | None = None
-    trust_remote_code: bool = False
-    progress: bool = True
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         own = {"drop_empty": self.drop_empty, "min_tokens": self.min_tokens}
         changed = {name: value for name, value in own.items() if value is not None}
         self.method = self.method.model_copy(update=changed)
-        if self.compressor is not None:
-            self.model = str(self.compressor.model.name_or_path)
-            return
-        self.compressor = Compressor.load(
-            self.model,
-            quantization=self.quantization,
-            device=self.device,
-            dtype=self.dtype,
-            template_options=self.template_options,
-            trust_remote_code=self.trust_remote_code,
-            progress=self.progress,
-        )
 
     def compress_documents(
         self, documents: Sequence[Document], query: str, callbacks: Callbacks | None = None
@@ -129,17 +96,15 @@ class DraftCompressor(BaseDocumentCompressor):
     def _shorten(self, request: _Request) -> list[Document]:
         if not request.documents:
             return []
-        assert self.compressor is not None
         passages = _passages(request.documents)
-        context = self.compressor.compress(request.query, passages, **self._options())
+        context = self.loaded.compress(request.query, passages, **self._options())
         return self._documents(request.documents, context)
 
     async def _ashorten(self, request: _Request) -> list[Document]:
         if not request.documents:
             return []
-        assert self.compressor is not None
         passages = _passages(request.documents)
-        context = await self.compressor.acompress(request.query, passages, **self._options())
+        context = await self.loaded.acompress(request.query, passages, **self._options())
         return self._documents(request.documents, context)
 
     def _options(self) -> dict[str, Any]:
