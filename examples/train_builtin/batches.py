@@ -27,10 +27,11 @@ TYPES = (
     "which",
     "quotation",
     "unanswerable",
+    "cloze",
 )
 OTHER_SHARE, OTHER_WEIGHT = 0.12, 0.3  # of the tokens that are not answers
 SWAP_SHARE = 0.5  # of the copy rows
-PICKED_SHARE = 0.32  # positions with logits, of all
+PICKED_SHARE = 0.26  # positions with logits, of all
 DEV_SEED = 777
 
 
@@ -47,13 +48,13 @@ class Phase:
 
 
 PHASES = (
-    Phase("copy-32", (32,), 1.0, 0.0, 0.9, 0.12),
-    Phase("copy-64", (64,), 1.0, 0.0, 0.9, 0.18),
-    Phase("rag-128", (128,), 0.1, 0.9, 0.93, 0.45),
-    Phase("rag-256", (256,), 0.15, 0.7, 0.9, 0.50),
-    Phase("rag-512", (512,), 0.05, 0.3, 2.0, 0.55),
-    Phase("rag-1024", (1024,), 0.02, 0.2, 2.0, 0.65),
-    Phase("rag-2304", (2304,), 0.02, 0.15, 2.0, 0.70),
+    Phase("copy-32", (32,), 1.0, 0.0, 0.9, 0.08),
+    Phase("copy-64", (64,), 1.0, 0.0, 0.9, 0.14),
+    Phase("rag-128", (128,), 0.1, 0.9, 0.93, 0.30),
+    Phase("rag-256", (256,), 0.15, 0.7, 0.9, 0.40),
+    Phase("rag-512", (512,), 0.05, 0.3, 2.0, 0.45),
+    Phase("rag-1024", (1024,), 0.02, 0.2, 2.0, 0.57),
+    Phase("rag-2304", (2304,), 0.02, 0.15, 2.0, 0.64),
     Phase("rag-mixed", (512, 1024, 2304, 256, 1024), 0.03, 0.3, 2.0, 1.0),
 )
 LONGEST = max(max(phase.lengths) for phase in PHASES)
@@ -70,6 +71,7 @@ class Batch:
     weight: NDArray[np.float32]  # (picked,) 1 for answers, 0.3 for others, 0 for padding
     group: NDArray[np.int32]  # (picked,) number of the answer, -1 for others
     types: NDArray[np.int8]  # (answers,) index into TYPES
+    links: NDArray[np.int64]  # (links, 4) row, position, earlier position, kind
 
 
 def copy_row(rng: random.Random, stream: list[int], length: int) -> tuple[list[int], list[range]]:
@@ -145,6 +147,7 @@ def make_batch(
     rng = random.Random(f"{seed}/{phase}/{number}/{held_out}")
     rows: list[list[int]] = []
     marks: list[tuple[int, int, int, int]] = []  # row, start, end, type
+    links: list[tuple[int, int, int, int]] = []
     for row in range(max(1, tokens // length)):
         if rng.random() < PHASES[phase].copy_share and not (held_out and phase > 1):
             swap = rng.random() < SWAP_SHARE
@@ -159,12 +162,17 @@ def make_batch(
             made = make_row(rng, tokenizer, corpus, length + 1, held_out, easy)
             ids = made.ids + [0] * (length + 1 - len(made.ids))
             marks += [(row, start, end, TYPES.index(kind)) for kind, start, end in made.answers]
+            links += [(row, *map(int, link)) for link in made.links]
         rows.append(ids)
-    return _pack(np.array(rows, dtype=np.int32), marks, phase, rng.randrange(2**31))
+    return _pack(np.array(rows, dtype=np.int32), marks, links, phase, rng.randrange(2**31))
 
 
 def _pack(
-    table: NDArray[np.int32], marks: list[tuple[int, int, int, int]], phase: int, seed: int
+    table: NDArray[np.int32],
+    marks: list[tuple[int, int, int, int]],
+    links: list[tuple[int, int, int, int]],
+    phase: int,
+    seed: int,
 ) -> Batch:
     """Choose the positions: all answers, a sample of the others, padding up to a fixed count."""
     rows, length = table.shape[0], table.shape[1] - 1
@@ -190,6 +198,7 @@ def _pack(
         np.pad(weight, (0, padding)),
         chosen,
         np.array([mark[3] for mark in marks], dtype=np.int8),
+        np.array(links, dtype=np.int64).reshape(-1, 4),
     )
 
 

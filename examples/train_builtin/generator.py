@@ -5,9 +5,9 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 from itertools import islice
-from typing import Literal
+from typing import Literal, NamedTuple
 
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 
 from .questions import Turn, easy_turns, make_turns
 from .scenes import Scene, SceneOptions, make_scene
@@ -33,7 +33,7 @@ class Conversation:
     system: str | None
     scene: Scene
     turns: list[Turn]
-    bare: list[bool]  # whether a follow-up turn leaves out the word "Question:"
+    bare: list[bool]  # whether a turn leaves out the word "Question:"
 
     def messages(self, turns: int) -> list[dict[str, str]]:
         """Chat messages up to and with question `turns`, whose answer is left out."""
@@ -48,14 +48,17 @@ class Conversation:
         """The user's message of a turn; the first one holds the passages."""
         turn = self.turns[number]
         if number == 0:
-            return user_message(self.scene.passages, turn.question)
+            return user_message(self.scene.passages, turn.question, self.bare[0])
         return turn.question if self.bare[number] else f"Question: {turn.question}"
 
 
-def user_message(passages: list[str], question: str) -> str:
-    """Numbered passages, then the question: the bundled prompt format."""
+def user_message(passages: list[str], question: str, bare: bool = False) -> str:
+    """Numbered passages, then the question: the bundled prompt format.
+
+    A `bare` question goes without its heading, as in frameworks' chat messages.
+    """
     parts = [f"[{number}] {text}" for number, text in enumerate(passages, 1)]
-    return "\n\n".join([*parts, f"Question: {question}"])
+    return "\n\n".join([*parts, question if bare else f"Question: {question}"])
 
 
 def make_conversation(
@@ -90,12 +93,34 @@ def segments(conversation: Conversation) -> list[str]:
     return parts
 
 
+LINK_KINDS = (
+    "value to name",
+    "name to value",
+    "name asked for",
+    "value",
+    "name",
+    "rest of value",
+)
+EVIDENCE_KINDS = range(
+    3, 6
+)  # the answer looks at the fact; the others prepare that, in lower layers
+
+
+class Link(NamedTuple):
+    """A position, and an earlier one that a head should look at; `kind` is one of `LINK_KINDS`."""
+
+    asking: int
+    found: int
+    kind: int
+
+
 @dataclass(frozen=True, slots=True)
 class Row:
     """A training row: ids, and for each answer its type and where it lies."""
 
     ids: list[int]
     answers: list[tuple[str, int, int]]  # type, start, end
+    links: list[Link]
 
 
 def _context_share(length: int) -> tuple[float, float]:
@@ -127,16 +152,57 @@ def make_row(
             options = SceneOptions(size, held_out, True, 0.0, False, easy=order)
         most_turns = 3 + int(length * (1 - share) / 22)
         conversation = make_conversation(rng, options, most_turns, corpus)
-        encoded = tokenizer.encode_batch_fast(segments(conversation), add_special_tokens=False)
+        parts = segments(conversation)
+        encoded = tokenizer.encode_batch(parts, add_special_tokens=False)
         ids: list[int] = []
         answers: list[tuple[str, int, int]] = []
-        for turn, prompt, answer in zip(
-            conversation.turns, encoded[::2], encoded[1::2], strict=True
-        ):
+        links: list[Link] = []
+        for number, turn in enumerate(conversation.turns):
+            prompt, answer = encoded[2 * number : 2 * number + 2]
             if len(ids) + len(prompt.ids) + len(answer.ids) > length:
                 break
             ids += prompt.ids
             answers.append((turn.type, len(ids), len(ids) + len(answer.ids)))
+            links += _links(conversation, number, parts, encoded, len(ids) - 1)
             ids += answer.ids
         if answers:
-            return Row(ids, answers)
+            return Row(ids, answers, links)
+
+
+def _links(
+    conversation: Conversation, number: int, parts: list[str], encoded: list[Encoding], asking: int
+) -> list[Link]:
+    """Where to look for the answer of a turn that begins behind position `asking`.
+
+    A value belongs to a name: the later of the two looks at the earlier one. What begins the
+    answer looks at the name in the question, and at the later of the two in the fact.
+    """
+    turn = conversation.turns[number]
+    if not (stated := turn.evidence):
+        return []
+    sentence, fact = stated.sentence, stated.fact
+    passage = parts[0].index(conversation.scene.passages[stated.passage - 1])
+    start = parts[0].find(sentence, passage)
+    value, name = sentence.find(fact.value), sentence.find(fact.entity)
+    if min(start, value, name) < 0:
+        return []
+    first = encoded[0].char_to_token(start + value)
+    last = encoded[0].char_to_token(start + name + len(fact.entity) - 1)
+    if first is None or last is None:
+        return []
+    backward = int(value < name)
+    links = [
+        Link(max(first, last), min(first, last), backward),
+        Link(asking, max(first, last), EVIDENCE_KINDS[backward]),
+    ]
+    place = parts[2 * number].rfind(fact.entity)
+    if place >= 0:
+        asked = encoded[2 * number].char_to_token(place + len(fact.entity) - 1)
+        offset = asking + 1 - len(encoded[2 * number].ids)
+        links.append(Link(asking, offset + (asked or 0), 2))
+    said, read = encoded[2 * number + 1].ids, encoded[0].ids
+    for step in range(1, len(said) - 1):
+        if first + step >= len(read) or said[step] != read[first + step]:
+            break
+        links.append(Link(asking + step, first + step, 5))
+    return links

@@ -26,6 +26,18 @@ _QUOTE_FORMS = (
 )
 
 
+_CLOZE_FORMS = (
+    'Which word is missing: "{s}"?',
+    'What stands at the gap: "{s}"?',
+    'Fill the gap: "{s}".',
+)
+_AROUND_FORMS = (
+    "Which word stands in one sentence with {k}?",
+    "What goes with {k}?",
+)
+BLANK = "___"
+
+
 @dataclass(frozen=True, slots=True)
 class Turn:
     """One question and its only right answer."""
@@ -35,6 +47,7 @@ class Turn:
     type: str
     distant: bool = False  # shares only the entity's name with the fact
     value_first: bool = False  # the fact names its value before its entity
+    evidence: Stated | None = None  # where the answer begins
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +92,7 @@ def one_fact(rng: random.Random, index: _Index, distant: bool | None = None) -> 
     question = word_question(rng, fact.attribute, fact.entity, distant)
     only_name = shares_only_name(question, stated.sentence, fact.entity, fact.value)
     value_first = stated.sentence.find(fact.value) < stated.sentence.find(fact.entity)
-    return Turn(question, fact.value, "one-fact", only_name, value_first)
+    return Turn(question, fact.value, "one-fact", only_name, value_first, stated)
 
 
 def two_facts(rng: random.Random, index: _Index) -> Turn | None:
@@ -102,7 +115,7 @@ def two_facts(rng: random.Random, index: _Index) -> Turn | None:
         left = word_question(rng, a.attribute, a.entity)
         right = word_question(rng, b.attribute, b.entity)
         question = f"{left} {right}"
-    return Turn(question, f"{a.value} and {b.value}", "two-fact")
+    return Turn(question, f"{a.value} and {b.value}", "two-fact", evidence=first)
 
 
 def all_values(rng: random.Random, index: _Index) -> Turn | None:
@@ -113,13 +126,14 @@ def all_values(rng: random.Random, index: _Index) -> Turn | None:
     group = rng.choice(groups)
     fact = group[0].fact
     question = word_question(rng, fact.attribute, fact.entity)
-    return Turn(question, ", ".join(s.fact.value for s in group), "all-values")
+    values = ", ".join(s.fact.value for s in group)
+    return Turn(question, values, "all-values", evidence=group[0])
 
 
 def two_hop(rng: random.Random, index: _Index) -> Turn | None:
     """A property of a person or company that is itself a value."""
     chains = [
-        (link.fact, target.fact)
+        (link.fact, target)
         for link in index.single
         if link.fact.attribute.value_type in ENTITY_TYPES
         for target in index.single
@@ -127,10 +141,11 @@ def two_hop(rng: random.Random, index: _Index) -> Turn | None:
     ]
     if not chains:
         return None
-    link, target = rng.choice(chains)
+    link, found = rng.choice(chains)
+    target = found.fact
     middle = f"the {link.attribute.label} of {link.attribute.article}{link.entity}"
     question = word_question(rng, target.attribute, middle)
-    return Turn(question, target.value, "two-hop")
+    return Turn(question, target.value, "two-hop", evidence=found)
 
 
 def which_passage(rng: random.Random, index: _Index) -> Turn | None:
@@ -181,13 +196,46 @@ def quotation(rng: random.Random, index: _Index) -> Turn | None:
     return Turn(question, answer, "quotation")
 
 
+def cloze(rng: random.Random, index: _Index) -> Turn | None:
+    """A number, a name or a long word that was taken out of a sentence of natural text.
+
+    The question gives the words around it, or some words of the sentence in another order.
+    """
+    candidates = [s for s in index.scene.natural if 6 <= len(s.split()) <= 24]
+    if not candidates:
+        return None
+    raw = rng.choice(candidates).split()
+    words = [word.strip(" ,.;:!?()'\"") for word in raw]
+    wanted = [n for n, word in enumerate(words) if n and _worth_asking(word, words)]
+    if not wanted:
+        return None
+    number = rng.choice(wanted)
+    if rng.random() < 0.5:
+        raw[number] = raw[number].replace(words[number], BLANK)
+        start = max(0, number - rng.randrange(3, 8))
+        text = " ".join(raw[start : number + rng.randrange(3, 8)])
+        return Turn(rng.choice(_CLOZE_FORMS).format(s=text), words[number], "cloze")
+    others = [w for n, w in enumerate(words) if n != number and len(w) > 3]
+    if len(others) < 3:
+        return None
+    keys = rng.sample(others, min(len(others), rng.randrange(3, 6)))
+    question = rng.choice(_AROUND_FORMS).format(k=", ".join(f'"{key}"' for key in keys))
+    return Turn(question, words[number], "cloze")
+
+
+def _worth_asking(word: str, words: list[str]) -> bool:
+    telling = word[:1].isdigit() or word[:1].isupper() or len(word) >= 6
+    return telling and words.count(word) == 1
+
+
 MAKERS: dict[str, tuple[float, Callable[[random.Random, _Index], Turn | None]]] = {
-    "one-fact": (0.62, one_fact),
+    "one-fact": (0.60, one_fact),
     "two-fact": (0.08, two_facts),
     "all-values": (0.07, all_values),
     "two-hop": (0.09, two_hop),
     "which": (0.06, which_passage),
-    "quotation": (0.04, quotation),
+    "quotation": (0.05, quotation),
+    "cloze": (0.05, cloze),
 }
 
 
@@ -220,4 +268,4 @@ def easy_turns(rng: random.Random, scene: Scene) -> Iterator[Turn]:
     for stated in rng.sample(scene.stated, len(scene.stated)):
         fact = stated.fact
         question = word_question(rng, fact.attribute, fact.entity, distant=False)
-        yield Turn(question, fact.value, "one-fact")
+        yield Turn(question, fact.value, "one-fact", evidence=stated)

@@ -25,7 +25,8 @@ from torch import Tensor, distributed
 
 from .batches import DEV_SEED, LONGEST, PHASES, TYPES, Batch, BatchSource, make_batch
 from .export import export
-from .model import SHAPES, LeanLlama, decoder_layer, rope_tables
+from .generator import EVIDENCE_KINDS, LINK_KINDS
+from .model import PLAIN, SHAPES, Arithmetic, LeanLlama, rope_tables
 
 logger = logging.getLogger(__name__)
 WARMUP_STEPS = 100
@@ -70,17 +71,17 @@ class Run:
             distributed.init_process_group("gloo" if self.device.type == "cpu" else "nccl")
         self.step, self.tokens, self.seconds, self.phase, self.phase_step = 0, 0, 0.0, 0, 0
         self.inherited_tokens = 0  # read by the model this one was grown from
-        self.accuracy, self.loss = 0.0, 0.0
+        self.accuracy, self.loss, self.link_loss = 0.0, 0.0, 0.0
         self.tables = {
             length: tuple(t.to(self.device) for t in rope_tables(self.shape, length))
             for phase in PHASES
             for length in phase.lengths
         }
-        compiled = torch.compile(decoder_layer, dynamic=False)
-        self.layer = compiled if options.compile else decoder_layer
+        torch._dynamo.config.recompile_limit = 64  # one form per length and mode
+        self.arithmetic = Arithmetic.compiled() if options.compile else PLAIN
 
-    def predict(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Losses and hits (picked,) of a batch."""
+    def predict(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Losses and hits (picked,) of a batch, and the loss of its links."""
         length = batch.ids.shape[1]
         cos, sin = self.tables[length]
         ids = torch.from_numpy(batch.ids).to(self.device)
@@ -89,15 +90,24 @@ class Run:
         # compiling costs more than it gives for the short phases and for evaluation
         worth = torch.is_grad_enabled() and length >= 128
         with torch.autocast(self.device.type, torch.bfloat16):
-            logits = self.model(ids, cos, sin, picked, self.layer if worth else decoder_layer)
+            links = torch.from_numpy(batch.links).to(self.device) if self.link_weight else None
+            arithmetic = self.arithmetic if worth else PLAIN
+            logits, seen = self.model(ids, cos, sin, picked, arithmetic, links)
         logits = logits.float()
-        return F.cross_entropy(logits, wanted, reduction="none"), logits.argmax(-1) == wanted
+        losses = F.cross_entropy(logits, wanted, reduction="none")
+        return losses, logits.argmax(-1) == wanted, link_loss(seen, links)
 
     @property
     def progress(self) -> float:
         """Used-up share of the budget."""
         share = self.seconds / (60 * self.options.minutes) if self.options.minutes else 0.0
         return max(float(share), self.tokens / self.options.tokens if self.options.tokens else 0.0)
+
+    @property
+    def link_weight(self) -> float:
+        """How much links count now; it falls linearly to nothing."""
+        until = float(self.options.links_until)
+        return float(self.options.links) * max(0.0, 1 - self.progress / until) if until else 0.0
 
     def set_rate(self) -> float:
         """Warm up, hold, decay linearly; a new length warms up again for 20 steps."""
@@ -112,9 +122,9 @@ class Run:
         """One step."""
         started = time.perf_counter()
         self.set_rate()
-        losses, hits = self.predict(batch)
+        losses, hits, missed = self.predict(batch)
         weight = torch.from_numpy(batch.weight).to(self.device)
-        loss = (losses * weight).sum() / weight.sum()
+        loss = (losses * weight).sum() / weight.sum() + self.link_weight * missed
         loss.backward()  # type: ignore[no-untyped-call]
         answers = torch.from_numpy(answer_mask(batch)).to(self.device)
         right, lost, count, seconds = self.average(
@@ -131,6 +141,7 @@ class Run:
             keep = SMOOTHING if self.phase_step > 5 else 0.5
             self.accuracy = keep * self.accuracy + (1 - keep) * right / count
             self.loss = keep * self.loss + (1 - keep) * lost / count
+        self.link_loss = SMOOTHING * self.link_loss + (1 - SMOOTHING) * float(missed.detach())
         self.step += 1
         self.phase_step += 1
         self.tokens += batch.ids.size * self.world
@@ -175,7 +186,7 @@ class Run:
                 self.options.work,
                 held_out=True,
             )
-            _, hits = self.predict(batch)
+            _, hits, _ = self.predict(batch)
             exact = [True] * len(batch.types)
             for group, hit in zip(batch.group.tolist(), hits.tolist(), strict=True):
                 if group >= 0 and not hit:
@@ -205,6 +216,24 @@ class Run:
             setattr(self, name, value)
 
 
+def link_loss(seen: Tensor | None, links: Tensor | None) -> Tensor:
+    """How far the model is from one head for each kind of link: seen is (links, layers, heads).
+
+    The answer's look at the fact is the business of the upper half of the layers, what prepares it
+    that of the lower ones but the first. A head must serve all links of a kind in the batch: the
+    best head of each single link would be content with heads that look at one fact each.
+    """
+    if seen is None or links is None or not len(seen):
+        return torch.zeros(())
+    middle, losses = seen.shape[1] // 2, []
+    for kind in range(len(LINK_KINDS)):
+        chosen = seen[links[:, 3] == kind]
+        if len(chosen):
+            layers = slice(middle, None) if kind in EVIDENCE_KINDS else slice(1, middle)
+            losses.append(-chosen[:, layers].mean(0).amax())
+    return torch.stack(losses).mean()
+
+
 def answer_mask(batch: Batch) -> NDArray[np.bool_]:
     """Picked positions that count for accuracy: answers; copied spans where nothing else is."""
     answers: NDArray[np.bool_] = batch.group >= 0
@@ -224,6 +253,7 @@ def log_line(run: Run, rate: float, dev: dict[str, float] | None) -> None:
         "rate": round(run.optimisers[0].param_groups[0]["lr"], 6),
         "answer_loss": round(run.loss, 4),
         "answer_accuracy": round(run.accuracy, 4),
+        "link_loss": round(run.link_loss, 4),
         "tokens_per_second": round(rate),
     }
     if dev is not None:
@@ -282,6 +312,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=8192, help="tokens a step")
     parser.add_argument("--rate", type=float, default=4e-3)
     parser.add_argument("--decay", type=float, default=0.3, help="share of the budget")
+    parser.add_argument("--links", type=float, default=0.0, help="weight of the evidence loss")
+    parser.add_argument("--links-until", type=float, default=0.5, help="share of the budget")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--device", default="cpu")
