@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import Literal, NamedTuple
@@ -96,14 +97,14 @@ def segments(conversation: Conversation) -> list[str]:
 LINK_KINDS = (
     "value to name",
     "name to value",
+    "name to second token of value",
     "name asked for",
     "value",
     "name",
     "rest of value",
 )
-EVIDENCE_KINDS = range(
-    3, 6
-)  # the answer looks at the fact; the others prepare that, in lower layers
+EVIDENCE_KINDS = range(4, 7)  # the answer looks at the fact; the others prepare it, lower down
+BOUND_STEPS = 3  # tokens of an answer that depend on the name; later ones follow from those before
 
 
 class Link(NamedTuple):
@@ -190,19 +191,28 @@ def _links(
     last = encoded[0].char_to_token(start + name + len(fact.entity) - 1)
     if first is None or last is None:
         return []
-    backward = int(value < name)
-    links = [
-        Link(max(first, last), min(first, last), backward),
-        Link(asking, max(first, last), EVIDENCE_KINDS[backward]),
-    ]
     place = parts[2 * number].rfind(fact.entity)
-    if place >= 0:
-        asked = encoded[2 * number].char_to_token(place + len(fact.entity) - 1)
-        offset = asking + 1 - len(encoded[2 * number].ids)
-        links.append(Link(asking, offset + (asked or 0), 2))
-    said, read = encoded[2 * number + 1].ids, encoded[0].ids
-    for step in range(1, len(said) - 1):
-        if first + step >= len(read) or said[step] != read[first + step]:
+    asked = encoded[2 * number].char_to_token(place + len(fact.entity) - 1) if place >= 0 else None
+    offset = asking + 1 - len(encoded[2 * number].ids)
+    read, said = encoded[0].ids, encoded[2 * number + 1].ids
+    links: list[Link] = []
+    for step in range(len(said) - 1):
+        if step and (first + step >= len(read) or said[step] != read[first + step]):
             break
-        links.append(Link(asking + step, first + step, 5))
+        if asked is not None and step < BOUND_STEPS:
+            links.append(Link(asking + step, offset + asked, 3))
+        links += _step_links(step, first, last, asking)
     return links
+
+
+def _step_links(step: int, first: int, last: int, asking: int) -> Iterator[Link]:
+    """Links of token `step` of a value that begins at `first`, with the name ending at `last`."""
+    if first > last:
+        if step < BOUND_STEPS:
+            yield Link(first + step, last, 0)
+        yield Link(asking + step, first + step, 6 if step else 4)
+    elif step < 2:
+        yield Link(last, first + step, 1 + step)
+        yield Link(asking + step, last, 5)
+    else:
+        yield Link(asking + step, first + step, 6)
