@@ -119,14 +119,14 @@ def read(tokenizer: Tokenizer, batch: Batch, row: int, start: int, end: int) -> 
 
 def test_links_point_at_the_answer(work: Path) -> None:
     tokenizer = Tokenizer.from_file(str(work / "tokenizer" / "tokenizer.json"))
-    batch = make_batch(0, 1, RAG_256, 2048, work)
+    batch = make_batch(0, 1, RAG_256, 8192, work)
     kinds = set(batch.links[:, 3].tolist())
     assert kinds == set(range(len(LINK_KINDS)))
     following = dict(zip(batch.picked.tolist(), batch.wanted.tolist(), strict=True))
     length = batch.ids.shape[1]
     for row, asking, found, kind in batch.links.tolist():
         assert found < asking
-        if kind in (4, 6):  # the value: what is looked at comes next in the answer
+        if kind in (4, 6, 7):  # the value: what is looked at comes next in the answer
             wanted = following[row * length + asking]
             seen = tokenizer.decode([batch.ids[row, found]]).strip()
             assert seen.startswith(tokenizer.decode([wanted]).strip()[:1])

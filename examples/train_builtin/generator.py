@@ -102,8 +102,9 @@ LINK_KINDS = (
     "value",
     "name",
     "rest of value",
+    "what follows a quotation",
 )
-EVIDENCE_KINDS = range(4, 7)  # the answer looks at the fact; the others prepare it, lower down
+EVIDENCE_KINDS = range(4, 8)  # the answer looks at the fact; the others prepare it, lower down
 BOUND_STEPS = 3  # tokens of an answer that depend on the name; later ones follow from those before
 
 
@@ -179,6 +180,8 @@ def _links(
     answer looks at the name in the question, and at the later of the two in the fact.
     """
     turn = conversation.turns[number]
+    if turn.begun:
+        return _quotation_links(turn.begun, parts[0], encoded, number, asking)
     if not (stated := turn.evidence):
         return []
     sentence, fact = stated.sentence, stated.fact
@@ -202,6 +205,26 @@ def _links(
         if asked is not None and step < BOUND_STEPS:
             links.append(Link(asking + step, offset + asked, 3))
         links += _step_links(step, first, last, asking)
+    return links
+
+
+def _quotation_links(
+    begun: str, text: str, encoded: list[Encoding], number: int, asking: int
+) -> list[Link]:
+    """Behind the dots the answer looks at the last quoted word, and at what follows it."""
+    start = text.find(begun)
+    first = encoded[0].char_to_token(start + len(begun) + 1) if start >= 0 else None
+    question, answer = encoded[2 * number], encoded[2 * number + 1]
+    dots = [place for place, token in enumerate(question.tokens) if token == "Ġ."]
+    lead = answer.char_to_token(len("... "))
+    if first is None or lead is None or not dots:
+        return []
+    links = [Link(asking + lead, asking + dots[-1] - len(question.ids), 3)]
+    read = encoded[0].ids[first:]
+    for step, token in enumerate(answer.ids[lead:-1]):
+        if step >= len(read) or token != read[step]:
+            break
+        links.append(Link(asking + lead + step, first + step, 6 if step else 7))
     return links
 
 

@@ -48,6 +48,7 @@ class Turn:
     distant: bool = False  # shares only the entity's name with the fact
     value_first: bool = False  # the fact names its value before its entity
     evidence: Stated | None = None  # where the answer begins
+    begun: str | None = None  # the quoted beginning of a sentence, of which the answer is the rest
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,9 +192,10 @@ def quotation(rng: random.Random, index: _Index) -> Turn | None:
         return None
     words = rng.choice(candidates).split()
     start = rng.randrange(max(3, len(words) - 10), len(words) - 1)
-    answer = " ".join(words[start:])
-    question = rng.choice(_QUOTE_FORMS).format(s=" ".join(words[:start]))
-    return Turn(question, answer, "quotation")
+    begun = " ".join(words[:start])
+    question = rng.choice(_QUOTE_FORMS).format(s=begun)
+    # behind "..." words have the same tokens as in the passage
+    return Turn(question, f"... {' '.join(words[start:])}", "quotation", begun=begun)
 
 
 def cloze(rng: random.Random, index: _Index) -> Turn | None:
