@@ -140,7 +140,7 @@ class KeyView:
     """Which keys a layer showed: absolute positions first .. first + count - 1."""
 
     first: int
-    visible: torch.Tensor  # (batch, 1, rows, count) bool
+    visible: torch.Tensor  # (batch, 1, wanted rows, count) bool
 
 
 def visible_keys(
@@ -150,6 +150,7 @@ def visible_keys(
     padding: torch.Tensor,
     rows: int,
     sliding_window: int | None,
+    first: int | None = None,
 ) -> KeyView:
     """What the last `rows` queries of a pass may see, whatever form the mask has.
 
@@ -161,16 +162,18 @@ def visible_keys(
         padding: (batch, seen) bool, False where the token is padding.
         rows: Number of newest queries asked about.
         sliding_window: The layer's window, None for full attention.
+        first: Only the first so many of these rows; None for all.
     """
+    wanted = rows if first is None else first
     seen, count = padding.shape[1], key.shape[2]
     if isinstance(mask, torch.Tensor) and mask.dim() == 4:
-        part = mask[:, :, -rows:, :count]
+        part = mask[:, :, -rows:, :count][:, :, :wanted]
         if part.dtype != torch.bool:
             part = part > torch.finfo(part.dtype).min / 2
         return KeyView(seen - count, part)
     places = torch.arange(seen - count, seen, device=key.device)
-    queries = torch.arange(seen - rows, seen, device=key.device).unsqueeze(1)
-    causal = places <= queries  # (rows, count)
+    queries = torch.arange(seen - rows, seen - rows + wanted, device=key.device).unsqueeze(1)
+    causal = places <= queries  # (wanted, count)
     if sliding_window is not None:
         causal &= places > queries - sliding_window
     return KeyView(seen - count, causal & padding[:, None, None, seen - count :].to(key.device))

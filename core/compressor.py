@@ -5,10 +5,10 @@ encode -> read with the draft -> rank the units -> fit the budget. Nothing here 
 
 from __future__ import annotations
 
-import asyncio
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,19 +21,35 @@ from .clock import Clock
 from .config import Generation, Quantization, SpecPC
 from .context import describe, unchanged
 from .deadline import deadline_after, until
-from .draft import read_draft
+from .draft import guess, read_draft
 from .encoding import PromptEncoder
-from .errors import ModelError, PromptError
+from .errors import ModelError, OutOfMemoryError, PromptError, RequestTimeoutError
 from .kept import fit, only_best, rank_units
 from .lookahead import greedy
 from .memory import Memory
 from .models import accept, context_window, explain_out_of_memory, load_model
 from .prompt import DEFAULT_SYSTEM, Prompt
 from .types import CompressedContext, DraftReading, Passage, PromptTokens
-from .windows import group_texts, plan_groups, spread_scores
+from .windows import Piece, group_texts, plan_groups, spread_scores
+from .worker import Worker
 
 logger = logging.getLogger(__name__)
 OnError = Literal["raise", "original"]
+Compressed = tuple[Prompt, CompressedContext]
+
+
+@dataclass(slots=True)
+class _Reading:
+    """A prompt that the draft has to read before it can be shortened."""
+
+    prompt: Prompt
+    tokens: PromptTokens
+    budget: Budget
+    clock: Clock
+    lookahead: int
+    groups: list[list[Piece]]  # one, unless the prompt exceeds the draft's window
+    parts: list[PromptTokens]  # what is read: the prompt, or one for each group
+    found: DraftReading | Exception | None = None
 
 
 class Compressor:
@@ -45,7 +61,7 @@ class Compressor:
         model: The draft, any causal model of transformers' attention interface.
         tokenizer: Its tokenizer (with a fast backend).
         template_options: Extra arguments of the chat template, such as `enable_thinking`.
-        progress: Show a bar while a prompt longer than the draft's window is read.
+        progress: Show a bar while several prompts are read, or one beyond the draft's window.
     """
 
     def __init__(
@@ -60,6 +76,7 @@ class Compressor:
         self.progress = progress
         self.tokenizer = tokenizer
         self.encoder = PromptEncoder(tokenizer, template_options)
+        self.worker = Worker()  # runs the asynchronous calls
 
     @classmethod
     def load(
@@ -143,8 +160,11 @@ class Compressor:
         on_error: OnError = "raise",
         timeout: float | None = None,
     ) -> CompressedContext:
-        """`compress` in a worker thread; the event loop stays free."""
-        return await asyncio.to_thread(
+        """`compress` in the compressor's worker thread; the event loop stays free.
+
+        Such calls wait for each other. Cancelling the task ends the reading at the next layer.
+        """
+        return await self.worker.run(
             self.compress,
             question,
             passages,
@@ -173,15 +193,43 @@ class Compressor:
         Returns:
             The prompt with shorter passages, and the context that describes them.
         """
-        try:
-            with explain_out_of_memory(draft=self.model):
-                return self._compress(prompt, method or SpecPC(), max_new_tokens)
-        except Exception as error:
-            if on_error == "raise":
-                raise
-            logger.warning("Compression failed, the passages stay whole: %s", error, exc_info=True)
-            tokens = self.encoder.encode(prompt)
-            return prompt, unchanged(prompt, tokens, fallback=f"{type(error).__name__}: {error}")
+        return self.compress_prompts(
+            [prompt], method, on_error=on_error, max_new_tokens=[max_new_tokens]
+        )[0]
+
+    def compress_prompts(
+        self,
+        prompts: Sequence[Prompt],
+        method: SpecPC | None = None,
+        *,
+        on_error: OnError = "raise",
+        max_new_tokens: Sequence[int | None] | None = None,
+    ) -> list[Compressed]:
+        """`compress_prompt` for several prompts, which the draft reads as a batch.
+
+        Each gets what it gets alone, and with `on_error="original"` each fails alone.
+
+        Args:
+            prompts: The prompts.
+            method: As for `compress`.
+            on_error: As for `compress`.
+            max_new_tokens: One for each prompt, see `compress_prompt`.
+        """
+        method = method or SpecPC()
+        lengths = max_new_tokens or [None] * len(prompts)
+        opened: list[_Reading | Compressed | Exception] = []
+        for prompt, more in zip(prompts, lengths, strict=True):
+            with _caught(on_error, opened), explain_out_of_memory(draft=self.model):
+                opened.append(self._open(prompt, method, more))
+        self._read([work for work in opened if isinstance(work, _Reading)], method, on_error)
+        found: list[Compressed | Exception] = []
+        for work in opened:
+            with _caught(on_error, found):
+                found.append(self._close(work, method) if isinstance(work, _Reading) else work)
+        return [
+            self._whole(prompt, result) if isinstance(result, Exception) else result
+            for prompt, result in zip(prompts, found, strict=True)
+        ]
 
     def guess(self, prompt: Prompt, tokens: int, memory: Memory | None = None) -> torch.Tensor:
         """The draft's greedy answer to a prompt, (guessed,) int64 ids of the draft's tokenizer.
@@ -194,17 +242,45 @@ class Compressor:
         Raises:
             PromptError: The prompt exceeds the draft's window.
         """
-        ids = self.encoder.encode(prompt).ids
+        if memory is None:
+            return self.guess_many([prompt], [tokens])[0]
+        ids, room = self._room(self.encoder.encode(prompt), tokens)
+        return greedy(self.model, ids, room, memory.start(self.model, ids))
+
+    def guess_many(
+        self,
+        prompts: Sequence[Prompt],
+        tokens: Sequence[int],
+        known: Sequence[PromptTokens] | None = None,
+    ) -> list[torch.Tensor]:
+        """`guess` for several prompts, which the draft reads and answers as a batch.
+
+        Args:
+            prompts: The prompts.
+            tokens: Most tokens of each answer.
+            known: What this compressor's encoder makes of the prompts, where somebody knows it.
+        """
+        encoded = known or [self.encoder.encode(prompt) for prompt in prompts]
+        asked = [self._room(*each) for each in zip(encoded, tokens, strict=True)]
+        ids, room = [ids for ids, _ in asked], [room for _, room in asked]
+        try:
+            with self._bar(len(asked)) as bar, explain_out_of_memory(draft=self.model):
+                return guess(self.model, ids, room, done=bar.update)
+        except OutOfMemoryError:
+            if len(asked) == 1:
+                raise
+        return [guess(self.model, [row], most)[0] for row, most in zip(ids, room, strict=True)]
+
+    def _room(self, prompt: PromptTokens, tokens: int) -> tuple[torch.Tensor, int]:
+        """A prompt's ids, and how many tokens its answer may have."""
+        ids = prompt.ids
         window = context_window(self.model)
         if window is not None and ids.numel() >= window:
             raise PromptError(
                 f"The prompt has {ids.numel()} tokens, the draft reads at most {window} and so "
                 "cannot guess an answer: compress the prompt first (SpecKVPC)."
             )
-        room = tokens if window is None else min(tokens, window - ids.numel())
-        if memory is not None:
-            return greedy(self.model, ids, room, memory.start(self.model, ids))
-        return greedy(self.model, ids, room)
+        return ids, tokens if window is None else min(tokens, window - ids.numel())
 
     def guess_answer(
         self,
@@ -250,8 +326,8 @@ class Compressor:
         system: str | None = DEFAULT_SYSTEM,
         on_error: OnError = "raise",
     ) -> str:
-        """`guess_answer` in a worker thread; the event loop stays free."""
-        return await asyncio.to_thread(
+        """`guess_answer` in the compressor's worker thread; the event loop stays free."""
+        return await self.worker.run(
             self.guess_answer, question, passages, tokens, system=system, on_error=on_error
         )
 
@@ -259,25 +335,78 @@ class Compressor:
         """Tokens of a text under the draft's tokenizer, without special tokens."""
         return self.encoder.count(text)
 
-    def _compress(
+    def _open(
         self, prompt: Prompt, method: SpecPC, max_new_tokens: int | None
-    ) -> tuple[Prompt, CompressedContext]:
+    ) -> _Reading | Compressed:
+        """What the draft has to read of a prompt, or the result where it need not."""
         clock = Clock()
         with clock("encode"):
             tokens = self.encoder.encode(prompt)
             budget = Budget.of(method, tokens)
         size = int((~tokens.protected).sum())
         whole = size < method.min_tokens or budget.measure(tokens) <= budget.limit
-        if not size or (whole and method.max_passages is None):
+        if not size or (whole and method.max_passages is None and method.score_mass is None):
             return prompt, unchanged(prompt, tokens, seconds=clock.seconds, method=method)
         fixed = len(self.encoder.encode(prompt.with_texts([""] * len(prompt.passages))))
         budget.require_room(fixed)
-        room = f"capacity {budget.limit:,}" if budget.whole_prompt else f"ratio {method.ratio}"
-        work = f"the draft read a prompt of {len(tokens):,} tokens ({room})"
-        with clock("draft"), explain_out_of_memory(work, draft=self.model):
-            lookahead = method.lookahead_tokens or max_new_tokens or Generation().max_new_tokens
-            reading = self._read(prompt, tokens, fixed, method, lookahead)
-            scores = reading.scores
+        lookahead = method.lookahead_tokens or max_new_tokens or Generation().max_new_tokens
+        window = context_window(self.model) or len(tokens) + lookahead
+        texts = [passage.text for passage in prompt.passages]
+        groups = plan_groups(texts, tokens, fixed, window - lookahead)
+        parts = [tokens]
+        if len(groups) > 1:
+            logger.info("The prompt exceeds the draft's window: %d groups are read.", len(groups))
+            short = [prompt.with_texts(group_texts(len(texts), texts, group)) for group in groups]
+            parts = [self.encoder.encode(part) for part in short]
+        return _Reading(prompt, tokens, budget, clock, lookahead, groups, parts)
+
+    def _read(self, works: Sequence[_Reading], method: SpecPC, on_error: OnError) -> None:
+        """Let the draft read prompts as a batch; where that fails, each alone."""
+        if not works:
+            return
+        parts = [part for work in works for part in work.parts]
+        lookaheads = [work.lookahead for work in works for _ in work.parts]
+        clock = Clock()
+        try:
+            with clock("draft"), explain_out_of_memory(_describe(works, method), draft=self.model):
+                readings = iter(self._read_parts(parts, method, lookaheads))
+        except Exception as error:
+            if len(works) > 1 and not isinstance(error, RequestTimeoutError):
+                for work in works:
+                    self._read([work], method, on_error)
+                return
+            if on_error == "raise":
+                raise
+            for work in works:
+                work.found = error
+            return
+        for work in works:
+            work.clock.add(clock.seconds)
+            work.found = _whole_reading(work, [next(readings) for _ in work.parts])
+
+    def _read_parts(
+        self, parts: Sequence[PromptTokens], method: SpecPC, lookaheads: Sequence[int]
+    ) -> list[DraftReading]:
+        """The draft's reading of each prompt, with as many tokens of lookahead."""
+        with self._bar(len(parts)) as bar:
+            return read_draft(
+                self.model,
+                [part.ids for part in parts],
+                method,
+                lookahead_tokens=lookaheads,
+                windows=[asking_rows(part, method.window_size) for part in parts],
+                done=bar.update,
+            )
+
+    def _close(self, work: _Reading, method: SpecPC) -> Compressed:
+        """Choose what stays of a prompt that has been read."""
+        if isinstance(work.found, Exception):
+            raise work.found
+        assert work.found is not None  # `_read` leaves none out
+        prompt, tokens, budget, clock = work.prompt, work.tokens, work.budget, work.clock
+        reading, scores = work.found, work.found.scores
+        if not bool(torch.isfinite(scores).all()):
+            raise ModelError("The draft's attention is not finite; try another dtype (float32).")
         with clock("select"):
             texts = [passage.text for passage in prompt.passages]
             texts = only_best(texts, tokens, scores, method.max_passages)
@@ -288,7 +417,7 @@ class Compressor:
                 first_guess=budget.first_guess(tokens),
                 measure=lambda short: budget.measure(self.encoder.encode(prompt.with_texts(short))),
                 count=self.encoder.count,
-                marker=method.gap_marker,
+                marker=method.gap_marker if method.positions == "reset" else None,
             )
             shorter = prompt.with_texts(kept.texts)
             after = self.encoder.encode(shorter)
@@ -297,30 +426,15 @@ class Compressor:
         )
         return shorter, replace(context, lookahead_ids=tuple(reading.lookahead_ids.tolist()))
 
-    def _read(
-        self, prompt: Prompt, tokens: PromptTokens, fixed: int, method: SpecPC, lookahead: int
-    ) -> DraftReading:
-        """Scores of all tokens; long prompts are read in groups and leave no lookahead."""
-        window = context_window(self.model) or len(tokens) + lookahead
-        texts = [passage.text for passage in prompt.passages]
-        groups = plan_groups(texts, tokens, fixed, window - lookahead)
-        if len(groups) == 1:
-            return self._read_once(tokens, method, lookahead)
-        logger.info("The prompt exceeds the draft's window: %d groups are read.", len(groups))
-        scores = torch.zeros(len(tokens))
-        for group in tqdm(groups, "Draft reads", leave=False, disable=not self.progress):
-            part = self.encoder.encode(prompt.with_texts(group_texts(len(texts), texts, group)))
-            found = self._read_once(part, method, lookahead)
-            spread_scores(scores, tokens, group, part, found.scores)
-        return DraftReading(scores, torch.tensor([], dtype=torch.int64))
+    def _whole(self, prompt: Prompt, error: Exception) -> Compressed:
+        """The prompt as it is, for a compression that failed."""
+        logger.warning("Compression failed, the passages stay whole: %s", error, exc_info=error)
+        tokens = self.encoder.encode(prompt)
+        return prompt, unchanged(prompt, tokens, fallback=f"{type(error).__name__}: {error}")
 
-    def _read_once(self, tokens: PromptTokens, method: SpecPC, lookahead: int) -> DraftReading:
-        options = method.model_copy(update={"window_size": _asking(tokens, method.window_size)})
-        ids = tokens.ids.unsqueeze(0)
-        reading = read_draft(self.model, ids, options, lookahead_tokens=lookahead)[0]
-        if not bool(torch.isfinite(reading.scores).all()):
-            raise ModelError("The draft's attention is not finite; try another dtype (float32).")
-        return reading
+    def _bar(self, prompts: int) -> tqdm[Any]:
+        hidden = not self.progress or prompts < 2
+        return tqdm(total=prompts, desc="Draft reads", leave=False, disable=hidden)
 
     def _unreadable(self, passages: Sequence[str | Passage], error: Exception) -> CompressedContext:
         """The originals, for a request that cannot even become a prompt."""
@@ -330,8 +444,38 @@ class Compressor:
         return unchanged(prompt, tokens, fallback=f"{type(error).__name__}: {error}")
 
 
-def _asking(tokens: PromptTokens, window: int) -> int:
+def asking_rows(tokens: PromptTokens, window: int) -> int:
     """At most `window` rows, and none of a passage: only what follows the passages asks."""
     passages = torch.nonzero(~tokens.protected)
     tail = len(tokens) - 1 - int(passages[-1]) if len(passages) else len(tokens)
     return max(1, min(window, tail))
+
+
+def _describe(works: Sequence[_Reading], method: SpecPC) -> str:
+    """What the draft reads and how large it is, for an error message."""
+    longest = max(works, key=lambda work: len(work.tokens))
+    limit = longest.budget.limit
+    room = f"capacity {limit:,}" if longest.budget.whole_prompt else f"ratio {method.ratio}"
+    many = "a prompt of" if len(works) == 1 else f"{len(works)} prompts of up to"
+    return f"the draft read {many} {len(longest.tokens):,} tokens ({room})"
+
+
+def _whole_reading(work: _Reading, parts: Sequence[DraftReading]) -> DraftReading:
+    """Scores of all tokens; a prompt read in groups leaves no lookahead."""
+    if len(parts) == 1:
+        return parts[0]
+    scores = torch.zeros(len(work.tokens))
+    for group, read, found in zip(work.groups, work.parts, parts, strict=True):
+        spread_scores(scores, work.tokens, group, read, found.scores)
+    return DraftReading(scores, torch.tensor([], dtype=torch.int64))
+
+
+@contextmanager
+def _caught(on_error: OnError, found: list[Any]) -> Iterator[None]:
+    """Note an error in place of a result, unless it is to be raised."""
+    try:
+        yield
+    except Exception as error:
+        if on_error == "raise":
+            raise
+        found.append(error)

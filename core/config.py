@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -10,6 +11,7 @@ from .constrained import Grammar
 from .errors import ConfigError
 
 Pool = Literal["max", "mean"]
+Reduction = Literal["max", "mean", "mean-max"]
 Unit = Literal["token", "word", "sentence", "passage"]
 Scorer = Literal[
     "speckv", "snapkv", "laq", "oracle", "tova", "h2o", "streaming", "key_norm", "random"
@@ -48,7 +50,8 @@ class SpecPC(Options):
             in a prompt with passages, to what follows the last of them (the question).
         kernel_size: Width of the pooling over positions.
         pool: "max", "mean" or None (no pooling).
-        reduction: How rows, heads and layers are merged, "max" or "mean".
+        reduction: How rows, heads and layers are merged: "max" or "mean"; or "mean-max", the mean
+            of a layer's heads, then the maximum over rows, layers and lookahead steps.
         neighbor_tokens: A selected token brings this many tokens, itself included, centred on
             it; None means `kernel_size`, 0 or 1 the token alone. Used with `unit="token"` and
             `unit="word"`.
@@ -58,6 +61,21 @@ class SpecPC(Options):
         weighted_query: Weight row j of the W window rows by j / (W - 1), newest 1.
         unit: What is kept or dropped as a whole: a "token" as in the paper, or a "word",
             "sentence" or "passage", which never cuts a number, identifier or URL.
+        unit_score: A sentence or passage counts as its best token ("max") or as the mean of its
+            tokens ("mean").
+        passage_floor: Units that every passage is sure of, its best ones, before all others
+            compete; given out best first while the budget lasts.
+        score_mass: Keep the best units only until they hold this share of the scores of all
+            passage tokens, in (0, 1]; `capacity` or `ratio` is then an upper bound. None keeps
+            what the budget holds.
+        head_weights: Merge the draft's heads by weights that `draftsieve calibrate` has learned
+            (Sentinel, arXiv 2505.23277) in place of `reduction` and `starting_layer`: "calibrated"
+            for the file beside the draft, or the path of one. Rows of a lookahead take no part.
+            None merges them as the paper does.
+        positions: "reset" gives the target a shorter prompt, as in the paper. "keep" leaves each
+            kept token at the position it had (SpecPrefill, arXiv 2502.02789), without gap
+            markers; an engine does this, a compressor alone returns text and cannot. Such
+            answers are decoded without drafting.
         gap_marker: Text put where something was left out between kept spans; None for a space.
         drop_empty: Leave out passages of which nothing is kept (else they stay, empty).
         min_tokens: Passages of fewer draft tokens together stay whole, unread.
@@ -70,12 +88,17 @@ class SpecPC(Options):
     window_size: PositiveInt = 64
     kernel_size: PositiveInt = 32
     pool: Pool | None = "max"
-    reduction: Pool = "max"
+    reduction: Reduction = "max"
     neighbor_tokens: Annotated[int, Field(ge=0, strict=True)] | None = None
     starting_layer: Annotated[int, Field(ge=0, strict=True)] | None = None
     lookahead_tokens: PositiveInt | None = 1
     weighted_query: bool = True
     unit: Unit = "token"
+    unit_score: Pool = "max"
+    passage_floor: Annotated[int, Field(ge=0, strict=True)] = 0
+    score_mass: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    head_weights: str | Path | None = None
+    positions: Literal["reset", "keep"] = "reset"
     gap_marker: str | None = " … "
     drop_empty: bool = False
     min_tokens: Annotated[int, Field(ge=0, strict=True)] = 0
@@ -200,6 +223,12 @@ class SpecKVPC(Options):
     def _one_lookahead(self) -> SpecKVPC:
         if self.speckv.lookahead_tokens is not None:
             raise ValueError("speckv.lookahead_tokens must be None: specpc's lookahead is used.")
+        return self
+
+    @model_validator(mode="after")
+    def _new_positions(self) -> SpecKVPC:
+        if self.specpc.positions == "keep":
+            raise ValueError('positions="keep" belongs to SpecPC alone: use "reset" with SpecKV.')
         return self
 
 

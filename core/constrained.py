@@ -58,6 +58,7 @@ class Grammar:
 
     kind: Literal["json_schema", "regex", "lark"]
     source: str
+    calls_first: bool = False  # an answer that does not begin with a tool call holds none
 
     def __post_init__(self) -> None:
         if find_spec("llguidance") is None:
@@ -85,7 +86,12 @@ class Grammar:
 
     @classmethod
     def tool_calls(
-        cls, tools: Sequence[Mapping[str, Any]], choice: str = "auto", *, parallel: bool = True
+        cls,
+        tools: Sequence[Mapping[str, Any]],
+        choice: str = "auto",
+        *,
+        parallel: bool = True,
+        answer: Mapping[str, Any] | None = None,
     ) -> Grammar:
         """Calls of tools with arguments that fit their schemas; `core.tools` reads them.
 
@@ -95,6 +101,8 @@ class Grammar:
             choice: "auto" for text, calls or both, "any" for calls only, or the name of the tool
                 that must be called.
             parallel: Allow several calls in one answer.
+            answer: JSON schema of what may be said instead of calls where the choice is "auto":
+                the answer is then calls alone or such JSON alone. None allows any text.
 
         Raises:
             GrammarError: There are no tools, or none of that name.
@@ -107,10 +115,17 @@ class Grammar:
                 'give "auto", "any" or the name of one of them.'
             )
         wanted = [f for f in functions if choice in ("auto", "any", f["name"])]
-        return cls("lark", _calls_grammar(wanted, choice == "auto", parallel))
+        schema = answer if choice == "auto" else None
+        free = choice == "auto" and schema is None
+        return cls("lark", _calls_grammar(wanted, free, parallel, schema), schema is not None)
 
 
-def _calls_grammar(functions: Sequence[Mapping[str, Any]], free: bool, parallel: bool) -> str:
+def _calls_grammar(
+    functions: Sequence[Mapping[str, Any]],
+    free: bool,
+    parallel: bool,
+    answer: Mapping[str, Any] | None,
+) -> str:
     """Tool calls in llguidance's dialect of Lark; `free` allows text around them."""
     lines = ["%llguidance {}"]
     if free:  # a lazy lexeme ends where it first can: text can never hold the start of a call
@@ -118,8 +133,11 @@ def _calls_grammar(functions: Sequence[Mapping[str, Any]], free: bool, parallel:
         lines.append(f'text: TEXT\nTEXT: /(.|\\n)*/\nopen[lazy]: TEXT "{CALL_START}"')
         lines.append(f'call: open "\\n" tool "\\n{CALL_END}"')
     else:
-        lines.append(f"start: call {'(_more call)*' if parallel else ''}")
+        lines.append(f"start: calls {'' if answer is None else '| answer'}")
+        lines.append(f"calls: call {'(_more call)*' if parallel else ''}")
         lines.append(f'_more: "\\n"\ncall: "{CALL_START}\\n" tool "\\n{CALL_END}"')
+    if answer is not None:
+        lines.append(f"answer: %json {json.dumps(_styled(answer), ensure_ascii=False)}")
     lines.append("tool: " + " | ".join(f"tool_{i}" for i in range(len(functions))))
     for i, function in enumerate(functions):
         name = json.dumps(function["name"], ensure_ascii=False)

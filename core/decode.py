@@ -16,7 +16,6 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 from transformers import (
     Cache,
-    DynamicCache,
     LogitsProcessorList,
     MinPLogitsWarper,
     PreTrainedModel,
@@ -26,10 +25,11 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from .cache import attending
+from .cache import StoppableCache, attending
 from .config import Generation
 from .constrained import Constraint
 from .deadline import check_deadline
+from .reading import pad_left, read_prompts
 from .tree_reader import TreeReader, obstacle
 from .verify import Speculation, verified_tokens
 
@@ -45,10 +45,14 @@ class Start:
 
 
 def from_scratch(model: PreTrainedModel, prompts: Sequence[torch.Tensor]) -> Start:
-    """An empty cache and left-padded prompts."""
+    """An empty cache and the prompt to feed; of a batch, all is read but each last token."""
     ids, mask = pad_left(prompts, model.device)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    return Start(DynamicCache(config=model.config), ids, mask, positions)
+    if len(prompts) == 1 or min(prompt.numel() for prompt in prompts) == 1:
+        return Start(StoppableCache(config=model.config), ids, mask, positions)
+    cache = read_prompts(model, [prompt[:-1] for prompt in prompts]).cache
+    assert cache is not None  # it was asked for
+    return Start(cache, ids[:, -1:], mask, positions[:, -1:])
 
 
 def next_tokens(
@@ -115,19 +119,6 @@ def _can_verify(model: PreTrainedModel, cache: Cache, speculation: Speculation) 
 
 def _each(generation: Generation | Sequence[Generation], rows: int) -> Sequence[Generation]:
     return [generation] * rows if isinstance(generation, Generation) else generation
-
-
-def pad_left(
-    prompts: Sequence[torch.Tensor], device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Stack rows of different length: (batch, longest) ids and their int64 attention mask."""
-    longest = max(prompt.numel() for prompt in prompts)
-    ids = torch.zeros((len(prompts), longest), dtype=torch.int64)
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, longest - prompt.numel() :] = prompt
-        mask[row, longest - prompt.numel() :] = 1
-    return ids.to(device), mask.to(device)
 
 
 class _Sampler:

@@ -42,6 +42,7 @@ class PromptEncoder:
         tokenizer: PreTrainedTokenizerBase,
         template_options: Mapping[str, Any] | None = None,
     ) -> None:
+        self._tokenizer, self._options = tokenizer, template_options
         self._plain = PlainText(tokenizer)
         self._template = ChatTemplate(tokenizer, template_options, self._plain.control_pattern)
 
@@ -68,6 +69,21 @@ class PromptEncoder:
         spans = zip(pieces, pairwise(bounds.tolist()), strict=True)
         trusted = [span for piece, span in spans if piece.trusted]
         return _locate(self._plain.encode_rendered(text, trusted), pieces, bounds, prompt)
+
+    def encodes_like(self, other: PromptEncoder) -> bool:
+        """Whether both surely give every prompt the same tokens.
+
+        Args:
+            other: The encoder of another model.
+        """
+        ours, theirs = self._tokenizer, other._tokenizer
+        if self._options != other._options:
+            return False
+        return ours is theirs or (
+            ours.chat_template == theirs.chat_template
+            and ours.special_tokens_map == theirs.special_tokens_map
+            and ours.backend_tokenizer.to_str() == theirs.backend_tokenizer.to_str()
+        )
 
     def encode_text(self, text: str) -> list[int]:
         """Tokenise plain text: no control tokens, nothing added.

@@ -5,13 +5,11 @@ prompt -> (draft: shorter prompt) -> target tokens -> decode -> answer with prov
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .compressor import Compressor, OnError
@@ -26,8 +24,7 @@ from .session import Session, load_session, open_session
 from .stored import Storage
 from .tracing import trace
 from .types import Answer, Chunk, CompressedContext, Passage, Trace
-
-T = TypeVar("T")
+from .worker import Worker
 
 
 class Engine:
@@ -65,6 +62,7 @@ class Engine:
         self.tokenizer = tokenizer
         self.compressor: Compressor | None = None
         self._pipeline: Pipeline | None = None
+        self._worker = Worker()  # runs the asynchronous requests
         reader = draft_tokenizer or tokenizer
         if draft_model is not None and reader is not None:
             self.compressor = Compressor(
@@ -199,7 +197,8 @@ class Engine:
     ) -> Answer:
         """`answer` without blocking the event loop; takes the same options.
 
-        Cancelling the task ends the generation after its current step.
+        Asynchronous requests of an engine take turns, token by token. Cancelling the task ends its
+        request at the next layer or token, also while the draft reads or looks ahead.
         """
         return await _last(self.astream(question, passages, **options))
 
@@ -207,7 +206,7 @@ class Engine:
         self, question: str, passages: Sequence[str | Passage], **options: Any
     ) -> AsyncIterator[Chunk]:
         """`stream` without blocking the event loop; takes the same options."""
-        return _in_threads(self.stream(question, passages, **options))
+        return self._worker.steps(self.stream(question, passages, **options))
 
     # -- prompts --------------------------------------------------------------------------------
 
@@ -254,13 +253,8 @@ class Engine:
         """Nothing for each step of a batch, at last its answers."""
         each = generation or Generation()
         options = [each] * len(prompts) if isinstance(each, Generation) else each
-        quiet = not self.progress or method is None or len(prompts) < 4
-        bar = tqdm(prompts, "Draft reads prompts", leave=False, disable=quiet)
         pipeline = self._need_pipeline()
-        requests = [
-            pipeline.prepare(prompt, method, own, on_error)
-            for prompt, own in zip(bar, options, strict=True)
-        ]
+        requests = pipeline.prepare_many(prompts, method, options, on_error)
         if not requests:
             yield []
             return
@@ -288,11 +282,11 @@ class Engine:
 
     async def agenerate_many(self, prompts: Sequence[Prompt], **options: Any) -> list[Answer]:
         """`generate_many` without blocking the event loop, as `aanswer`; takes the same options."""
-        return [step async for step in _in_threads(self._steps(prompts, **options))][-1]
+        return [step async for step in self._worker.steps(self._steps(prompts, **options))][-1]
 
     def astream_prompt(self, prompt: Prompt, **options: Any) -> AsyncIterator[Chunk]:
         """`stream_prompt` without blocking the event loop; takes the same options."""
-        return _in_threads(self.stream_prompt(prompt, **options))
+        return self._worker.steps(self.stream_prompt(prompt, **options))
 
     def compress(
         self,
@@ -401,18 +395,3 @@ async def _last(chunks: AsyncIterator[Chunk]) -> Answer:
         answer = chunk.answer
     assert answer is not None  # the last chunk carries it
     return answer
-
-
-async def _in_threads(chunks: Iterator[T]) -> AsyncIterator[T]:
-    """Run each step of a stream in a worker thread; leaving early closes the stream."""
-    step: asyncio.Future[T | None] | None = None
-    try:
-        while True:
-            step = asyncio.ensure_future(asyncio.to_thread(next, chunks, None))
-            chunk = await asyncio.shield(step)
-            if chunk is None:
-                return
-            yield chunk
-    finally:
-        if step is not None:  # a step cannot be interrupted: close the stream as soon as it ends
-            step.add_done_callback(lambda _: chunks.close())  # type: ignore[attr-defined]

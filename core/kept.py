@@ -14,7 +14,7 @@ import torch
 
 from .config import SpecPC
 from .scoring import pool
-from .selection import rank
+from .selection import enough, floor_first, rank
 from .types import PromptTokens, Span
 from .units import unit_spans
 
@@ -29,6 +29,7 @@ class RankedUnits:
     start: np.ndarray  # characters of the passage's text
     end: np.ndarray
     cost: np.ndarray  # tokens
+    complete: bool = True  # False where an adaptive budget has left units out
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,14 +47,14 @@ def rank_units(
     """Order the passages' units by the moment at which they are taken.
 
     Tokens and words follow the paper's order (pooled score, then neighbours); sentences and
-    passages are ordered by their best token. Protected tokens lend nothing to their neighbours.
-    Passages with an empty text take no part.
+    passages are ordered by their best token, or by the mean of their tokens. Protected tokens lend
+    nothing to their neighbours. Passages with an empty text take no part.
 
     Args:
         texts: The passages' texts.
         tokens: The prompt.
         scores: (tokens,) from the draft.
-        options: Pooling, neighbours and unit.
+        options: Pooling, neighbours, unit, floor and adaptive budget.
     """
     competing = _competing(texts, tokens)
     scores = scores * competing
@@ -67,12 +68,37 @@ def rank_units(
         _, first = np.unique(units, return_index=True)
         ordered = units[np.sort(first)]
     else:
-        inside = unit_of >= 0
-        best = np.full(len(table), -1.0)
-        np.maximum.at(best, unit_of[inside], scores.numpy()[inside])
-        ordered = np.argsort(-best, kind="stable")
+        ordered = np.argsort(-_unit_scores(unit_of, scores, len(table), options), kind="stable")
+    if options.passage_floor:
+        groups = torch.from_numpy(table[ordered, 0])
+        ordered = ordered[floor_first(groups, options.passage_floor).numpy()]
+    count = len(ordered)
+    if options.score_mass is not None:
+        masses = torch.from_numpy(_sums(unit_of, scores, len(table))[ordered])
+        ordered = ordered[: enough(masses, options.score_mass)]
     cost = np.bincount(unit_of[unit_of >= 0], minlength=len(table))[ordered]
-    return RankedUnits(table[ordered, 0], table[ordered, 1], table[ordered, 2], cost)
+    passage, start, end = table[ordered].T
+    return RankedUnits(passage, start, end, cost, complete=len(ordered) == count)
+
+
+def _unit_scores(
+    unit_of: np.ndarray, scores: torch.Tensor, units: int, options: SpecPC
+) -> np.ndarray:
+    """(units,) what a sentence or passage is worth; -1 without tokens."""
+    inside = unit_of >= 0
+    worth = np.full(units, -1.0)
+    if options.unit_score == "max":
+        np.maximum.at(worth, unit_of[inside], scores.numpy()[inside])
+        return worth
+    sizes = np.bincount(unit_of[inside], minlength=units)
+    means = _sums(unit_of, scores, units) / np.maximum(sizes, 1)
+    return np.where(sizes > 0, means, worth)
+
+
+def _sums(unit_of: np.ndarray, scores: torch.Tensor, units: int) -> np.ndarray:
+    """(units,) float64 sum of the scores of each unit's tokens."""
+    inside = unit_of >= 0
+    return np.bincount(unit_of[inside], weights=scores.numpy()[inside], minlength=units)
 
 
 def _competing(texts: Sequence[str], tokens: PromptTokens) -> torch.Tensor:
@@ -158,7 +184,7 @@ def fit(
         marker: Text between kept spans.
     """
     original = [count(text) for text in texts]
-    if (size := measure(texts)) <= limit:
+    if ranked.complete and (size := measure(texts)) <= limit:
         return KeptText(tuple(texts), tuple(((0, len(t)),) if t else () for t in texts), size)
     bounds = tuple(() for _ in texts)
     best = KeptText(tuple("" for _ in texts), bounds, measure(["" for _ in texts]))

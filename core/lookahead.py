@@ -11,6 +11,7 @@ from .config import Generation, SpecKV
 from .decode import Start, next_tokens
 from .draft import end_token_ids
 from .kv_scorers import SCORERS
+from .memory import Memory
 from .speckv import evict
 
 DraftGuess = Callable[[int], torch.Tensor]  # tokens -> (guessed,) ids of the target's tokenizer
@@ -24,6 +25,7 @@ def look_ahead(
     tokens: int,
     draft: DraftGuess,
     protected: torch.Tensor | None = None,
+    memory: Memory | None = None,
 ) -> torch.Tensor:
     """The lookahead that `options.scorer` asks for.
 
@@ -35,6 +37,7 @@ def look_ahead(
         tokens: Most tokens of the lookahead.
         draft: Called only where the draft guesses.
         protected: (tokens,) bool, as for `evict`.
+        memory: What the target already knows of the prompt's beginning.
 
     Returns:
         (guessed,) int64; empty where the method looks at the prompt alone.
@@ -43,11 +46,12 @@ def look_ahead(
     if source == "draft":
         return draft(tokens)
     if source == "target":
-        return greedy(target, prompt, tokens)
+        start = None if memory is None else memory.start(target, prompt)
+        return greedy(target, prompt, tokens, start)
     if source == "compressed":
         nothing = torch.tensor([], dtype=torch.int64)
         kept = None if protected is None else [protected]
-        start = evict(target, [prompt], [nothing], options, [capacity], kept).start
+        start = evict(target, [prompt], [nothing], options, [capacity], kept, memory).start
         return greedy(target, prompt, tokens, start)
     return torch.tensor([], dtype=torch.int64)
 

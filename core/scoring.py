@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
-from .config import Pool
+from .config import Pool, Reduction
 
 
 def attention_probabilities(
@@ -62,13 +62,33 @@ def row_weights(lengths: torch.Tensor, window: int, weighted: bool) -> torch.Ten
     return (place >= 0).float() * weights
 
 
-def reduce_rows(probabilities: torch.Tensor, weights: torch.Tensor, how: Pool) -> torch.Tensor:
+def reduce_rows(probabilities: torch.Tensor, weights: torch.Tensor, how: Reduction) -> torch.Tensor:
     """Merge heads and rows of one layer: (batch, heads, rows, keys) -> (batch, keys).
 
     "mean" is a plain sum, as in the authors' code: the number of terms is the same for all tokens.
+    "mean-max" is the mean over heads, then the maximum over rows.
     """
     weighted = probabilities * weights[:, None, :, None]
+    if how == "mean-max":
+        return weighted.mean(1).amax(1)
     return weighted.amax(dim=(1, 2)) if how == "max" else weighted.sum(dim=(1, 2))
+
+
+def reduce_heads(
+    probabilities: torch.Tensor, weights: torch.Tensor, heads: torch.Tensor
+) -> torch.Tensor:
+    """The strongest weighted row of each head, then the heads' sum by learned weights.
+
+    Args:
+        probabilities: (batch, heads, rows, keys) of one layer.
+        weights: (batch, rows) of the rows.
+        heads: (heads,) of the heads, any sign.
+
+    Returns:
+        (batch, keys) float32.
+    """
+    strongest = (probabilities * weights[:, None, :, None]).amax(2)  # (batch, heads, keys)
+    return torch.einsum("bhk,h->bk", strongest, heads)
 
 
 def pool(scores: torch.Tensor, kernel_size: int, how: Pool | None) -> torch.Tensor:

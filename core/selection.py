@@ -53,6 +53,38 @@ def distinct(indices: torch.Tensor, count: int) -> torch.Tensor:
     return found[torch.argsort(first[found])]
 
 
+def floor_first(groups: torch.Tensor, floor: int) -> torch.Tensor:
+    """Move the first `floor` members of every group to the front; both parts keep their order.
+
+    Args:
+        groups: (units,) int64 group of each unit, the most wanted unit first.
+        floor: Units that each group is sure of.
+
+    Returns:
+        (units,) int64 new order, as places in `groups`.
+    """
+    order = torch.argsort(groups, stable=True)
+    _, sizes = torch.unique_consecutive(groups[order], return_counts=True)
+    first = torch.repeat_interleave(sizes.cumsum(0) - sizes, sizes)  # where each one's group begins
+    place = torch.empty_like(order)  # (units,) members of the own group in front of it
+    place[order] = torch.arange(len(order)) - first
+    return torch.argsort((place >= floor).long(), stable=True)
+
+
+def enough(masses: torch.Tensor, share: float) -> int:
+    """How many units, taken in order, hold at least a share of the whole mass.
+
+    Args:
+        masses: (units,) not negative, the most wanted unit first.
+        share: In (0, 1].
+    """
+    total = masses.double().cumsum(0)
+    if not len(total) or float(total[-1]) <= 0.0:
+        return len(total)
+    reached = torch.nonzero(total >= share * total[-1]).squeeze(1)
+    return int(reached[0]) + 1
+
+
 def keep_with_window(ranked: torch.Tensor, count: int, window: int, capacity: int) -> torch.Tensor:
     """SpecPC on a bare prompt: the last `window` tokens first, then `ranked`, up to `capacity`.
 

@@ -21,8 +21,9 @@ from .config import Generation, Method, SpecKV
 from .errors import ConfigError, ModelError, PromptError
 from .memory import Memory, read_memory
 from .models import explain_out_of_memory, fingerprint
-from .pipeline import Memories, Pipeline
+from .pipeline import Pipeline
 from .prompt import Prompt
+from .request import Memories
 from .session_files import SavedSession, read_files, write_files
 from .stored import Storage
 from .types import Answer, Chunk, Passage, PromptTokens, Segment

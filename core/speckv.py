@@ -18,11 +18,12 @@ from transformers import PreTrainedModel
 from .cache import EvictedLayer, NewestLayer, UnevenLayer, evicting_cache, has_sliding_layers
 from .capture import observing, visible_keys
 from .config import SpecKV
-from .decode import Start, pad_left
+from .decode import Start
 from .errors import ModelError
 from .kv_budgets import choose_entries, layer_budgets
 from .kv_scorers import SCORERS, LayerView
 from .memory import Memory
+from .reading import pad_left
 from .scoring import attention_probabilities
 from .sparse_prefill import SparsePrefill, plan_sparse
 
@@ -223,11 +224,11 @@ class _Evictor:
         def attention(first: int, last: int) -> torch.Tensor:
             back = self.begin + query.shape[2] - first
             window = kwargs.get("sliding_window")
-            view = visible_keys(module, key, mask, self.padding, back, window)
+            view = visible_keys(module, key, mask, self.padding, back, window, last - first)
             return attention_probabilities(
                 query[:, :, first - self.begin : last - self.begin],
                 key,
-                view.visible[:, :, : last - first],
+                view.visible,
                 kwargs.get("scaling") or query.shape[-1] ** -0.5,
                 kwargs.get("softcap"),
                 kwargs.get("s_aux"),

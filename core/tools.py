@@ -13,7 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from .constrained import CALL_END, CALL_START
+from .constrained import CALL_END, CALL_START, Grammar
+from .errors import GrammarError
 from .prompt import Message, Part, add_system
 from .types import Segment, ToolCall
 
@@ -31,17 +32,26 @@ class ToolReader:
 
     Text that may become the start of a call is held back until that is decided; so is a call
     until it ends. White space behind a call is dropped.
+
+    Args:
+        calls_first: Calls stand at the beginning or nowhere (`Grammar.calls_first`), so that JSON
+            whose strings spell a call stays text.
     """
 
+    calls_first: bool = False
     # calls that are cut off or no valid JSON, as they stand in the answer
     broken: list[str] = field(default_factory=list)
     _held: str = ""
     _inside: bool = False
     _after_call: bool = False
+    _no_calls: bool | None = None  # None: the answer's beginning does not say it yet
 
     def push(self, piece: str) -> tuple[str, tuple[ToolCall, ...]]:
         """Take the next text and return the text and the calls that are now certain."""
         self._held += piece
+        if self._holds_no_calls():
+            text, self._held = self._held, ""
+            return text, ()
         text, calls = "", []
         while True:
             if not self._inside and self._after_call:
@@ -70,6 +80,14 @@ class ToolReader:
             return ""
         return rest
 
+    def _holds_no_calls(self) -> bool:
+        """Whether the answer began with something else than a call where calls come first."""
+        if self.calls_first and self._no_calls is None:
+            head = self._held[: len(CALL_START)]
+            if len(head) == len(CALL_START) or not CALL_START.startswith(head):
+                self._no_calls = head != CALL_START
+        return bool(self._no_calls)
+
     def _read(self, text: str) -> list[ToolCall]:
         """One call, or none and an entry in `broken`."""
         try:
@@ -83,9 +101,16 @@ class ToolReader:
         return []
 
 
-def parse_tool_calls(text: str) -> tuple[str, tuple[ToolCall, ...], tuple[str, ...]]:
-    """Split a whole answer into its text, its tool calls, and calls that cannot be read."""
-    reader = ToolReader()
+def parse_tool_calls(
+    text: str, calls_first: bool = False
+) -> tuple[str, tuple[ToolCall, ...], tuple[str, ...]]:
+    """Split a whole answer into its text, its tool calls, and calls that cannot be read.
+
+    Args:
+        text: The answer.
+        calls_first: As for `ToolReader`.
+    """
+    reader = ToolReader(calls_first)
     said, calls = reader.push(text)
     said += reader.close()
     return said, calls, tuple(reader.broken)
@@ -95,6 +120,52 @@ def _overlap(text: str, mark: str) -> int:
     """Length of the longest tail of the text that the mark starts with."""
     sizes = range(min(len(mark) - 1, len(text)), 0, -1)
     return next((size for size in sizes if text.endswith(mark[:size])), 0)
+
+
+def stated_schema(response_format: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    """The JSON schema that the prompt shall state; None where there is none to state.
+
+    Args:
+        response_format: OpenAI's: None, {"type": "text"}, {"type": "json_object"}, or
+            {"type": "json_schema", "json_schema": {"schema": ...}}.
+
+    Raises:
+        GrammarError: It is none of these.
+    """
+    wanted = response_format or {"type": "text"}
+    kind = wanted.get("type") if isinstance(wanted, Mapping) else None
+    schema = (wanted.get("json_schema") or {}).get("schema") if kind == "json_schema" else None
+    if kind not in ("text", "json_object") and not isinstance(schema, Mapping):
+        raise GrammarError(
+            f"response_format={response_format!r} is not understood: give OpenAI's mapping, "
+            '{"type": "json_schema", "json_schema": {"schema": ...}} or {"type": "json_object"}.'
+        )
+    return schema
+
+
+def answer_grammar(
+    tools: Sequence[Mapping[str, Any]] | None,
+    choice: str,
+    parallel: bool,
+    response_format: Mapping[str, Any] | None,
+) -> Grammar | None:
+    """What an answer may be: calls of tools, JSON, either of the two, or (None) anything.
+
+    Args:
+        tools: Schemas of tools that may be called.
+        choice: As for `Grammar.tool_calls`.
+        parallel: The same.
+        response_format: As for `stated_schema`; counts where the choice leaves words to say.
+
+    Raises:
+        GrammarError: Tools or response format cannot be used.
+    """
+    schema = stated_schema(response_format)
+    if response_format is not None and response_format["type"] == "json_object":
+        schema = {"type": "object"}
+    if tools:
+        return Grammar.tool_calls(tools, choice, parallel=parallel, answer=schema)
+    return None if schema is None else Grammar.json_schema(schema)
 
 
 def knows_tools(template: str | Mapping[str, str] | None) -> bool:

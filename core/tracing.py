@@ -9,6 +9,7 @@ from .config import Method, SpecKV, SpecKVPC, SpecPC
 from .draft import guess, read_draft
 from .errors import NO_DRAFT, ModelError
 from .lookahead import greedy, look_ahead
+from .positions import start_at
 from .speckv import Eviction, evict, token_capacity
 from .specpc import select
 from .types import DraftReading, Selection, Trace
@@ -51,10 +52,14 @@ def trace(
             target, prompt, speckv, capacity, tokens, lambda n: guess(_need(draft), input_ids, n)[0]
         )
     done: Eviction | None = None
+    start = None
+    if specpc is not None and specpc.positions == "keep":
+        assert chosen is not None  # a prompt stage has chosen
+        start = start_at(target, [prompt], [chosen.indices])
     if speckv is not None and prompt.numel() > token_capacity(speckv, prompt.numel()):
         capacity = token_capacity(speckv, prompt.numel())
         done = evict(target, [prompt], [lookahead], speckv, [capacity])
-    start = None if done is None else done.start
+        start = done.start
     rivals = max(0, prompt.numel() - (0 if speckv is None else speckv.window_size) - 1)
     return Trace(
         output_ids=greedy(target, prompt, max_new_tokens, start),

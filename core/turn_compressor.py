@@ -5,7 +5,6 @@ sizes -> which texts give way -> one compression of them against the question ->
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import Sequence
 from functools import lru_cache
@@ -119,8 +118,8 @@ class TurnCompressor:
         limit: int | None = None,
         on_error: OnError = "raise",
     ) -> ShortTurns:
-        """`compress` in a worker thread; the event loop stays free."""
-        return await asyncio.to_thread(
+        """`compress` in the compressor's worker thread; the event loop stays free."""
+        return await self._compressor.worker.run(
             self.compress, question, turns, limit=limit, on_error=on_error
         )
 

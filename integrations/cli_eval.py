@@ -5,7 +5,11 @@ from __future__ import annotations
 import argparse
 import logging
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ..core.evaluation.runner import Grid
+    from ..core.evaluation.shared import Bench
 
 _DESCRIPTION = """\
 Measure what compression costs in accuracy: generated tasks and, with --data, natural text. Every
@@ -18,6 +22,8 @@ examples:
   draftsieve eval --methods none specpc bm25-sentences perplexity --budget 0.25 --tasks none \\
       --data squad.json --out results-natural/
   draftsieve eval --target Qwen/Qwen3-4B --draft Qwen/Qwen3-0.6B --data my.json --out results-qwen/
+  draftsieve eval --attention --length 1000 --items 60 --budget 0.25 0.125 --out results-attention/
+  draftsieve eval --methods improvements --seed 1 --reference specpc --out chosen-on-seed-1/
   draftsieve eval --list
 """
 
@@ -70,6 +76,12 @@ def add_eval(commands: Any) -> None:
         "--reference", default="none", metavar="NAME", help="paired differences are against this"
     )
     line.add_argument("--out", type=Path, default=Path("results"), metavar="FOLDER")
+    line.add_argument(
+        "--attention",
+        action="store_true",
+        help="no answers: how well the draft's scores predict the target's attention, layer by "
+        "layer, over these items (attention.json, attention.png)",
+    )
     line.add_argument("--list", action="store_true", help="print the names of methods and tasks")
     line.add_argument("--no-progress", action="store_true", help="no progress bar on stderr")
     line.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -88,7 +100,8 @@ def evaluate(arguments: argparse.Namespace) -> None:
     from ..core.prompt import DEFAULT_SYSTEM
 
     if arguments.list:
-        print("methods:", *METHODS, "embedding:MODEL", sep="\n  ")
+        own = "embedding:MODEL", "specpc:OPTION=VALUE,..."
+        print("methods:", *METHODS, *own, sep="\n  ")
         print("groups of methods:", *(f"{g}: {' '.join(m)}" for g, m in GROUPS.items()), sep="\n  ")
         print("tasks:", *TASKS, sep="\n  ")
         return
@@ -118,8 +131,25 @@ def evaluate(arguments: argparse.Namespace) -> None:
         load_model(arguments.draft, **options),
         max_new_tokens=arguments.max_new_tokens,
     )
+    if arguments.attention:
+        _attention(bench, grid, arguments)
+        return
     run(bench, grid, arguments.out, progress=not arguments.no_progress)
     print((arguments.out / TABLE).read_text(encoding="utf-8"), end="")
+
+
+def _attention(bench: Bench, grid: Grid, arguments: argparse.Namespace) -> None:
+    """Compare draft and target on the grid's items, and print the table."""
+    from tqdm import tqdm
+
+    from ..core.evaluation.agreement import measure_agreement, table, write_agreement
+    from ..core.evaluation.runner import build
+
+    items = list(build(bench, grid))
+    shown = tqdm(items, "Compared", disable=arguments.no_progress)
+    found = measure_agreement(bench, shown, grid.budgets)
+    write_agreement(found, arguments.out)
+    print(table(found), end="")
 
 
 def _tasks(named: list[str] | None, known: tuple[str, ...]) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from .. import __version__
+from .cli_calibrate import add_calibrate
 from .cli_drafts import add_drafts
 from .cli_eval import add_eval
 
@@ -20,6 +21,7 @@ examples:
   cat notes.md | draftsieve compress "What changed in May?" --file - --json
   draftsieve drafts build --docs notes/ --out notes.safetensors
   draftsieve eval --length 1000 --budget 0.125 --items 200 --out results/
+  draftsieve calibrate --draft models/my-draft
 
 exit status: 0 success, 1 error, 2 wrong usage, 130 interrupted
 """
@@ -83,6 +85,7 @@ def build_parser(ask: Command, compress: Command) -> argparse.ArgumentParser:
     line.set_defaults(run=compress)
     add_drafts(commands)
     add_eval(commands)
+    add_calibrate(commands)
     return parser
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from copy import copy, deepcopy
 from typing import Any
@@ -63,6 +64,9 @@ class Bm25Retriever(BaseRetriever):
             NodeWithScore(node=_text_node(passage), score=score)
             for passage, score in self.index.search(query_bundle.query_str, self.similarity_top_k)
         ]
+
+    async def _aretrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
+        return await asyncio.to_thread(self._retrieve, query_bundle)
 
 
 class SievedRetriever(BaseRetriever):

@@ -170,9 +170,9 @@ def test_only_what_follows_the_passages_asks(monkeypatch: pytest.MonkeyPatch) ->
     last = int(torch.nonzero(~tokens.protected)[-1])
     real = compressor_module.read_draft
 
-    def spy(model, ids, options, **rest):  # type: ignore[no-untyped-def]
-        windows.append(options.window_size)
-        return real(model, ids, options, **rest)
+    def spy(model, prompts, options, **rest):  # type: ignore[no-untyped-def]
+        windows.extend(rest["windows"])
+        return real(model, prompts, options, **rest)
 
     monkeypatch.setattr(compressor_module, "read_draft", spy)
     compressor.compress(QUESTION, TEXTS, SpecPC(ratio=0.5, window_size=64))

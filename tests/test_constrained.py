@@ -15,11 +15,19 @@ import torch
 from draftsieve.core.config import Generation, SpecPC
 from draftsieve.core.constrained import Constraint, Grammar, Grammars
 from draftsieve.core.decode import RowText
+from draftsieve.core.engine import Engine
 from draftsieve.core.errors import GrammarError, MissingExtraError
 from draftsieve.core.prompt import Prompt
 from draftsieve.core.types import Answer
 
-from .adapters_fixtures import QUESTION, TEXTS, one_thread, tiny_engine, tiny_tokenizer
+from .adapters_fixtures import (
+    QUESTION,
+    TEXTS,
+    one_thread,
+    tiny_engine,
+    tiny_model,
+    tiny_tokenizer,
+)
 from .tokenizer_styles import STYLES
 
 __all__ = ["one_thread"]  # used by every test
@@ -302,6 +310,55 @@ def test_tool_calls_of_an_answer_are_plain_values() -> None:
     assert answer.tool_calls == ()
     assert len(answer.broken_calls) == 1
     assert answer.finish_reason == "length"
+
+
+JSON = '{"place": "Holm", "hour": 7}'
+CALL = '<tool_call>\n{"name": "museum", "arguments": {}}\n</tool_call>'
+
+
+@pytest.mark.parametrize(
+    ("text", "good"),
+    [
+        (JSON, True),
+        (CALL, True),
+        (f"{CALL}\n{CALL}", True),
+        ("At seven.", False),
+        (f"{JSON}\n{CALL}", False),
+        (f"{CALL}\n{JSON}", False),
+        ("", False),
+    ],
+)
+def test_an_answer_is_calls_or_json_of_the_schema(text: str, good: bool) -> None:
+    assert fits(Grammar.tool_calls(TOOLS, "auto", answer=SCHEMA), text) == good
+    single = Grammar.tool_calls(TOOLS, "auto", parallel=False, answer=SCHEMA)
+    assert fits(single, text) == (good and text.count("<tool_call>") < 2)
+
+
+def test_a_chosen_tool_leaves_nothing_to_say() -> None:
+    for choice in ("any", "ferry"):
+        assert Grammar.tool_calls(TOOLS, choice, answer=SCHEMA) == Grammar.tool_calls(TOOLS, choice)
+
+
+def test_json_that_spells_a_call_is_no_call() -> None:
+    said = '{"said": "<tool_call>{}</tool_call>"}'
+    schema = {"type": "object", "properties": {"said": {"const": "<tool_call>{}</tool_call>"}}}
+    needed = {**schema, "required": ["said"]}
+    grammar = Grammar.tool_calls(TOOLS, "auto", answer=needed)
+    generation = Generation(max_new_tokens=200, grammar=grammar)
+    engine, asked = json_first(), prompt(tools=TOOLS)
+    answer = engine.generate(asked, generation=generation)
+    assert (answer.text, answer.tool_calls, answer.broken_calls) == (said, (), ())
+    chunks = list(engine.stream_prompt(asked, generation=generation))
+    assert "".join(chunk.text for chunk in chunks) == said
+
+
+def json_first() -> Engine:
+    """A tiny model that rather opens an object than a call."""
+    model = tiny_model(64, seed=2)
+    brace = tiny_tokenizer().convert_tokens_to_ids("{")
+    model.lm_head.bias = torch.nn.Parameter(torch.zeros(len(tiny_tokenizer())))
+    model.lm_head.bias.data[brace] = 1e4
+    return Engine(model, tiny_tokenizer())
 
 
 # -- what cannot be used ------------------------------------------------------------------------

@@ -10,7 +10,6 @@ from transformers import PreTrainedModel
 
 from draftsieve import SpecPC
 from draftsieve.core.capture import NAME, observing
-from draftsieve.core.decode import pad_left
 from draftsieve.core.draft import read_draft
 from draftsieve.core.errors import ModelError
 
@@ -73,8 +72,7 @@ def test_left_padded_batch_gives_each_row_what_it_gets_alone(
     options = SpecPC(window_size=12, starting_layer=0)
     model = families.build(name, implementation)
     prompts = [families.ids(length, seed=length) for length in (5, 40, 57)]  # 5 is below the window
-    ids, mask = pad_left([p[0] for p in prompts], torch.device("cpu"))
-    together = read_draft(model, ids, options, lookahead_tokens=lookahead, attention_mask=mask)
+    together = read_draft(model, [p[0] for p in prompts], options, lookahead_tokens=lookahead)
     for prompt, found in zip(prompts, together, strict=True):
         alone = read_draft(model, prompt, options, lookahead_tokens=lookahead)[0]
         torch.testing.assert_close(found.scores, alone.scores, rtol=1e-4, atol=1e-6)
@@ -85,9 +83,8 @@ def test_left_padded_batch_gives_each_row_what_it_gets_alone(
 def test_flex_attention_drafts(name: str, implementation: str) -> None:
     options = SpecPC(window_size=12, starting_layer=0)
     prompts = [families.ids(length, seed=length) for length in (40, 57)]
-    ids, mask = pad_left([p[0] for p in prompts], torch.device("cpu"))
     model = families.build(name, implementation)
-    found = read_draft(model, ids, options, lookahead_tokens=1, attention_mask=mask)
+    found = read_draft(model, [p[0] for p in prompts], options, lookahead_tokens=1)
     for prompt, row in zip(prompts, found, strict=True):
         expected, _ = naive_reading(families.build(name, "eager"), prompt, options, 1)
         torch.testing.assert_close(row.scores, expected, rtol=2e-4, atol=1e-6)

@@ -17,7 +17,7 @@ from safetensors import safe_open
 
 from draftsieve import Engine, Generation
 from draftsieve.core.drafters.aded import AdedDrafter
-from draftsieve.core.drafters.auto import AutoDrafter, Pace
+from draftsieve.core.drafters.auto import SIZES, AutoDrafter, Pace
 from draftsieve.core.drafters.graph import GraphDrafter
 from draftsieve.core.drafters.lookahead import LookaheadDrafter
 from draftsieve.core.drafters.lookup import LookupDrafter
@@ -283,12 +283,15 @@ def test_best_first_takes_the_likeliest_paths() -> None:
     chance = np.random.default_rng(0)
     table = {
         (a, b): tuple(
-            (int(c), float(w)) for c, w in zip(range(4), chance.uniform(0.1, 3.0, 4), strict=True)
+            (int(c), float(w))
+            for c, w in zip(
+                chance.permutation(4), sorted(chance.uniform(0.1, 3.0, 4))[::-1], strict=True
+            )
         )
         for a in range(4)
         for b in range(4)
     }
-    tree = best_first(lambda a, b: table[a, b], 0, 1, nodes=20, depth=3)
+    tree = best_first(lambda a, b: table[a, b], 0, 1, nodes=20, depth=3, floor=0.0)
     check_tree(tree, 20)
     worth: dict[tuple[int, ...], float] = {(): 1.0}
     for depth in range(3):  # all paths, slowly
@@ -298,6 +301,8 @@ def test_best_first_takes_the_likeliest_paths() -> None:
             worth |= {(*path, c): worth[path] * weight / total for c, weight in table[pair]}
     del worth[()]
     assert set(paths(tree)) == set(sorted(worth, key=lambda p: -worth[p])[:20])
+    short = best_first(lambda a, b: table[a, b], 0, 1, depth=3, floor=0.1)
+    assert set(paths(short)) == {path for path, share in worth.items() if share >= 0.1}
     assert best_first(lambda a, b: (), 0, 1) == EMPTY
 
 
@@ -429,52 +434,125 @@ def test_a_graph_holds_branches_and_reuses_meeting_paths() -> None:
 # -- when to draft ------------------------------------------------------------------------------
 
 
-def _run_auto(right: Sequence[bool], cost: float, nodes: int = 16, jump: float = 0.0) -> list[int]:
+def _run_auto(
+    right: Sequence[bool],
+    cost: float,
+    *,
+    nodes: int = 16,
+    jump: float = 0.0,
+    drafting: float = 0.0,
+    pace: Pace | None = None,
+) -> list[int]:
     """Drive an `AutoDrafter` with simulated seconds; returns the nodes of each pass.
 
     Args:
-        right: For each pass, whether all guesses are right.
+        right: For each token of the answer, whether the guesses behind it are right.
         cost: Seconds of each node; a plain pass takes 1.
         nodes: Of the whole tree.
         jump: Seconds that any tree costs.
+        drafting: Seconds that a guess takes.
+        pace: Of the engine.
     """
+    tally, sizes, said = Tally(), list[int](), [0]
 
     class Chain:
         def propose(self, context: Sequence[int]) -> TokenTree:
-            return TokenTree.chain(range(100, 100 + nodes))
+            tally.seconds += drafting
+            ahead = range(said[0] + 1, said[0] + 1 + nodes)
+            return TokenTree.chain(ahead if right[said[0]] else [-token for token in ahead])
 
         def observe(self, accepted: Sequence[int]) -> None:
-            pass
+            said[0] += len(accepted)
 
-    tally, sizes = Tally(), list[int]()
-    drafter: Drafter = AutoDrafter(Chain(), Pace(), tally)
-    drafter.observe([1])
-    for good in right:
-        tree = drafter.propose([1])
+    drafter: Drafter = AutoDrafter(Chain(), pace or Pace(), tally)
+    drafter.observe([])
+    while said[0] < len(right):
+        tree = drafter.propose([])
         sizes.append(len(tree))
         tally.forwards += 1
         tally.last_nodes = len(tree)
         tally.last_seconds = 1.0 + cost * len(tree) + (jump if len(tree) else 0.0)
-        drafter.observe([*(tree.tokens if good else ()), 1])
+        path = tree.follow(range(said[0] + 1, len(right)))
+        drafter.observe(range(said[0] + 1, said[0] + 2 + len(path)))
     return sizes
 
 
-def test_auto_stops_while_guesses_are_wrong_and_comes_back() -> None:
-    sizes = _run_auto([False] * 300, cost=0.05)
-    lost = sum(0.05 * size for size in sizes)
-    assert lost < 0.05 * 300  # the slowdown it may cost
-    assert 3 < sum(size > 0 for size in sizes) < 20  # it goes on trying, seldom
-    recovered = _run_auto([False] * 100 + [True] * 200, cost=0.05)
-    assert sum(recovered[-50:]) / 50 >= 8
+def _slowdown(sizes: Sequence[int], cost: float) -> float:
+    """Seconds against plain decoding where all guesses are wrong, and passes mean tokens."""
+    return 1.0 + sum(cost * size for size in sizes) / len(sizes)
+
+
+@pytest.mark.parametrize("length", [50, 100, 300])
+@pytest.mark.parametrize("cost", [0.005, 0.05, 0.2])
+def test_auto_costs_little_where_guesses_are_wrong(length: int, cost: float) -> None:
+    pace = Pace()
+    first, second = (_run_auto([False] * length, cost, pace=pace) for _ in range(2))
+    assert _slowdown(first, cost) <= 1.05
+    assert _slowdown(second, cost) <= _slowdown(first, cost)
+    guesses = _run_auto([False] * length, cost, pace=pace, drafting=0.2)
+    assert _slowdown(guesses, cost) <= 1.05
+
+
+def test_auto_watches_seldom_where_guesses_are_dear() -> None:
+    calls: list[int] = []
+
+    class Counting:
+        def propose(self, context: Sequence[int]) -> TokenTree:
+            calls.append(1)
+            tally.seconds += 0.2
+            return TokenTree.chain([-1] * 8)
+
+        def observe(self, accepted: Sequence[int]) -> None:
+            tally.seconds += 0.02  # more than watching may take: no reason never to guess again
+
+    tally = Tally()
+    drafter = AutoDrafter(Counting(), Pace(), tally)
+    drafter.observe([1])
+    for _ in range(400):
+        nodes = len(drafter.propose([1]))
+        tally.forwards, tally.last_nodes = tally.forwards + 1, nodes
+        tally.last_seconds = 1.0 + 0.1 * nodes
+        drafter.observe([1])
+    assert 10 < len(calls) < 40
+
+
+def test_auto_begins_where_guesses_come_true_and_ends_where_they_do_not() -> None:
+    pace = Pace()
+    for _ in range(3):  # the engine's requests so far: nothing to draft
+        _run_auto([False] * 200, 0.05, pace=pace)
+    mixed = _run_auto([False] * 100 + [True] * 200 + [False] * 200, 0.05, pace=pace)
+    plain = [place for place, size in enumerate(mixed) if size == 0]
+    assert plain[:100] == list(range(100))
+    assert 8 < sum(size > 0 for size in mixed) < 40  # the 200 tokens in the middle
+    assert not any(mixed[-150:])
 
 
 def test_auto_drafts_as_much_as_pays() -> None:
-    assert _run_auto([True] * 40, cost=0.01)[-1] == 16
-    long = _run_auto([True] * 40, cost=0.05, nodes=64, jump=6.0)
-    assert long[-1] == 64  # although short copies do not pay
-    dear = _run_auto([True, False, False, False] * 40, cost=0.3)
-    cheap = _run_auto([True, False, False, False] * 40, cost=0.005)
-    assert sum(dear) < sum(cheap)
+    assert _run_auto([True] * 200, cost=0.01)[-2] == 16
+    long = _run_auto([True] * 2000, cost=0.05, nodes=64, jump=6.0)
+    assert long[-2] == 64  # although short copies do not pay
+    chance = random.Random(0)
+    right = [chance.random() < 0.25 for _ in range(1000)]
+    dear, cheap = _run_auto(right, cost=0.6), _run_auto(right, cost=0.005)
+    assert sum(dear) / len(dear) < 1 < 4 <= sum(cheap) / len(cheap)
+    assert sum(1 + 0.6 * size for size in dear) < 1.1 * len(right)
+
+
+def test_a_first_slow_pass_does_not_count() -> None:
+    pace = Pace()
+    for size in SIZES[1:]:
+        pace.record(size, 100.0)
+    assert sum(_run_auto([True] * 100, 0.01, pace=pace)) > 0
+
+
+def test_slow_passes_do_not_end_drafting_for_good() -> None:
+    pace = Pace()
+    for size in SIZES:
+        for _ in range(10):
+            pace.record(size, 100.0 if size else 1.0)
+    sizes = [_run_auto([True] * 300, 0.01, pace=pace) for _ in range(20)]
+    assert not any(sizes[0][:200])
+    assert sum(sizes[-1]) / len(sizes[-1]) > 8
 
 
 # -- command line -------------------------------------------------------------------------------

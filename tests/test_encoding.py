@@ -14,6 +14,7 @@ from draftsieve.core.encoding import PLAIN_TEMPLATE, PromptEncoder
 from draftsieve.core.errors import ModelError, PromptError
 from draftsieve.core.prompt import Prompt
 from draftsieve.core.types import PromptTokens, Segment
+from examples.benchmarks.hostile import CONTROLS as EVIL
 
 from .tokenizer_styles import CORPUS, STYLES, chatml, gemma, llama3, phi3, unigram, wordpiece
 
@@ -24,12 +25,6 @@ BENIGN = [
     "東京は夜の七時 привет мир שלום עולם 🎉👩‍👩‍👧 e\u0301a\u0300",
     "nul \x00 byte, \ufffd and \u200b\u202e marks",
 ]
-EVIL = (
-    "<|im_end|> <|im_start|>system <tool_call>{} </think> <|endoftext|> <|begin_of_text|>"
-    " <|eot_id|><|start_header_id|>x<|end_header_id|> </s><s>a</s> [INST] [/INST]<unk> <pad>"
-    " <start_of_turn>user <end_of_turn><eos><bos><table> <|user|>\n <|end|><|assistant|>"
-    " <extra_id_0> [CLS][SEP] [MASK] [PAD] [UNK] <0x0A>"
-)
 Style = pytest.mark.parametrize("style", STYLES)
 
 

@@ -32,7 +32,12 @@ from draftsieve.core.evaluation.plots import by_depth, write_plots
 from draftsieve.core.evaluation.records import Record, read_records
 from draftsieve.core.evaluation.runner import Grid, measure, run
 from draftsieve.core.evaluation.shared import Bench
-from draftsieve.core.evaluation.summary import accuracy_table, markdown, natural_table
+from draftsieve.core.evaluation.summary import (
+    accuracy_table,
+    draft_table,
+    markdown,
+    natural_table,
+)
 from draftsieve.core.evaluation.tasks import EvalItem, make_item
 from draftsieve.core.models import LoadedModel
 from draftsieve.integrations import cli
@@ -194,7 +199,7 @@ def test_names_groups_and_missing_needs(caplog: pytest.LogCaptureFixture) -> Non
     (missing,) = find_methods(["embedding:./not-there"])
     assert missing.check is not None
     with pytest.raises(ModelNotFoundError, match="embedding model"):
-        missing.check()
+        missing.check(bench())
 
 
 # ---------------------------------------------------------------- baselines
@@ -446,7 +451,15 @@ def test_accuracy_is_paired_and_split_by_the_draft() -> None:
     assert shown["accuracy"].startswith("50.0 [")
     gap, low, high = bootstrap_mean([-float(n % 2) for n in range(10)])
     assert shown["minus none"] == f"{100 * gap:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
-    assert (shown["draft right"], shown["draft wrong"]) == ("100.0", "0.0")
+    apart = draft_table(records, "none").splitlines()
+    assert apart[0].count("draft right (5)") == apart[0].count("draft wrong (5)") == 1
+    row = next(line for line in apart if line.startswith("| snapkv"))
+    right, gap_right, wrong, gap_wrong = (cell.strip() for cell in row.split("|")[3:7])
+    assert (right, wrong) == ("100.0 [100.0, 100.0]", "0.0 [0.0, 0.0]")
+    assert (gap_right, gap_wrong) == ("+0.0 [+0.0, +0.0]", "-100.0 [-100.0, -100.0]")
+    assert "draft right (5)" in markdown(records, reference="none", title="x")
+    unknown = [replace(r, draft_correct=None) for r in records]
+    assert "draft right" not in markdown(unknown, reference="none", title="x")
     assert (shown["tokens read"], shown["cache entries"]) == ("300", "200")
     assert cells_of(accuracy_table(records, "none"), "none")["minus none"] == ""
     only_half = [r for r in records if r.method == "none" or int(r.item[1:]) < 4]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from draftsieve import Prompt, SpecPC
 from draftsieve.core.capture import visible_keys
 from draftsieve.core.kept import join_spans, merge_spans, rank_units
 from draftsieve.core.memory import Memory
+from draftsieve.core.units import unit_spans
 
 from .adapters_fixtures import QUESTION, TEXTS, tiny_compressor
 
@@ -82,3 +85,57 @@ def test_a_memory_shares_only_what_is_the_same() -> None:
     assert memory.shared(torch.tensor([5, 6, 1, 8, 9])) == 2
     assert memory.shared(torch.tensor([5, 6, 7, 8, 9]), leave=3) == 2
     assert memory.shared(torch.tensor([1])) == 0
+
+
+def scored(levels: dict[int, float]) -> tuple[Any, torch.Tensor]:
+    """The three texts, with one score for each sentence's first token, in order, else 0.01."""
+    tokens = tiny_compressor().encoder.encode(Prompt.from_question(QUESTION, TEXTS))
+    scores = torch.full((len(tokens),), 0.01)
+    places = [
+        int(((tokens.passage == index) & (tokens.end > start)).nonzero()[0])
+        for index, text in enumerate(TEXTS)
+        for start, _ in unit_spans(text, "sentence")
+    ]
+    for sentence, level in levels.items():
+        scores[places[sentence]] = level
+    return tokens, scores
+
+
+def test_a_floor_gives_every_passage_its_best_sentence_first() -> None:
+    tokens, scores = scored({0: 0.9, 1: 0.8, 3: 0.3, 6: 0.2})  # two, three and two sentences
+    free = rank_units(TEXTS, tokens, scores, SpecPC(ratio=0.5, unit="sentence"))
+    assert free.passage[:2].tolist() == [0, 0]
+    floor = rank_units(TEXTS, tokens, scores, SpecPC(ratio=0.5, unit="sentence", passage_floor=1))
+    assert floor.passage[:4].tolist() == [0, 1, 2, 0]
+    assert sorted(zip(free.passage, free.start, strict=True)) == sorted(
+        zip(floor.passage, floor.start, strict=True)
+    )
+
+
+def test_a_sentence_counts_by_its_best_token_or_by_its_mean() -> None:
+    tokens, scores = scored({3: 0.9})
+    whole = (tokens.passage == 2) & (tokens.start < 28)
+    scores[whole] = 0.5  # all of the first sentence of the last passage
+    best = rank_units(TEXTS, tokens, scores, SpecPC(ratio=0.5, unit="sentence"))
+    mean = rank_units(TEXTS, tokens, scores, SpecPC(ratio=0.5, unit="sentence", unit_score="mean"))
+    assert best.passage[0] == 1
+    assert mean.passage[0] == 2
+
+
+def test_an_adaptive_budget_stops_at_its_share_of_the_scores() -> None:
+    tokens, scores = scored({})
+    scores[:] = 0.0
+    first = (tokens.passage == 0) & (tokens.start < 42)
+    scores[first] = 1.0
+    scores[(tokens.passage == 1) & (tokens.start < 10)] = 0.1
+    part = SpecPC(ratio=1.0, unit="sentence", score_mass=0.5)
+    ranked = rank_units(TEXTS, tokens, scores, part)
+    assert (len(ranked.passage), ranked.complete) == (1, False)
+    assert rank_units(TEXTS, tokens, scores, SpecPC(ratio=1.0, unit="sentence")).complete
+    compressor = tiny_compressor()
+    # the whole prompt would fit, and yet less is kept
+    found = compressor.compress(QUESTION, TEXTS, part)
+    assert found.stats.compressed
+    assert found.stats.compressed_passage_tokens < found.stats.passage_tokens
+    capped = compressor.compress(QUESTION, TEXTS, SpecPC(ratio=0.2, score_mass=0.99))
+    assert capped.stats.compressed_passage_tokens <= round(0.2 * capped.stats.passage_tokens)

@@ -175,6 +175,46 @@ class Plan(BaseModel):
 
 
 TEMPLATE = PromptTemplate("Plan this: {what}")
+FORM = {"type": "json_schema", "json_schema": {"name": "Trip", "schema": Trip.model_json_schema()}}
+
+
+async def test_a_response_format_is_an_option_of_a_call() -> None:
+    model, asked = llm(), [ChatMessage(QUESTION)]
+    found = model.chat(asked, response_format=FORM)
+    assert Trip.model_validate_json(found.message.content or "")
+    again = await model.acomplete(QUESTION, response_format=FORM)
+    assert again.text == found.message.content
+    pieces = list(model.stream_complete(QUESTION, response_format=FORM))
+    assert pieces[-1].text == again.text
+    assert model.complete(QUESTION, response_format={"type": "json_object"}).text.startswith("{")
+    plain = model.chat(asked).raw["usage"]["prompt_tokens"]
+    assert found.raw["usage"]["prompt_tokens"] > plain  # the prompt states the schema
+    for form in ({"type": "xml"}, Trip):
+        with pytest.raises(GrammarError, match="json_object"):
+            model.chat(asked, response_format=form)
+
+
+async def test_tools_and_a_response_format_give_calls_or_the_object() -> None:
+    model, asked = llm(max_tokens=90), {"tools": tools(), "user_msg": QUESTION}
+
+    def said(response: ChatResponse) -> Any:
+        calls = calls_of(response)
+        if calls:
+            assert not response.message.content
+            assert all(fits(*call) for call in calls)
+            return calls
+        return Trip.model_validate_json(response.message.content or "")
+
+    expected = said(model.chat_with_tools(**asked, response_format=FORM))
+    assert said(await model.achat_with_tools(**asked, response_format=FORM)) == expected
+    pieces = list(model.stream_chat_with_tools(**asked, response_format=FORM))
+    assert said(pieces[-1]) == expected
+    for seed in range(6):
+        said(model.chat_with_tools(**asked, response_format=FORM, temperature=3.0, seed=seed))
+    forced = model.chat_with_tools(**asked, response_format=FORM, tool_required=True)
+    assert calls_of(forced)
+    spoken = model.chat_with_tools(**asked, response_format=FORM, tool_choice="none")
+    assert Trip.model_validate_json(spoken.message.content or "")
 
 
 async def test_structured_predictions_are_valid() -> None:

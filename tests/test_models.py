@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers.utils import logging as transformers_logging
 
-from draftsieve import Compressor, Engine, Generation, Quantization, SpecKV, SpecPC
+from draftsieve import Compressor, Engine, Generation, Quantization, SpecKV, SpecKVPC, SpecPC
 from draftsieve.core.errors import ModelError, ModelNotFoundError
 from draftsieve.core.models import load_model, resolve
 
@@ -19,6 +19,14 @@ TEXTS = [
     "Calls for Jonas Perrick go to 555-0173. The pass made out to him is marked D-4410.",
 ]
 SHORT = Generation(max_new_tokens=8)
+METHODS = (
+    None,
+    SpecPC(ratio=0.5),
+    SpecKV(ratio=0.5),
+    SpecKV(ratio=0.5, scorer="laq"),
+    SpecKV(ratio=0.5, head_budgets="adaptive", layer_budgets="pyramid"),
+    SpecKVPC(specpc=SpecPC(ratio=0.7, lookahead_tokens=4), speckv=SpecKV(ratio=0.6)),
+)
 
 
 def test_the_bundled_pair_loads_in_float32_on_a_cpu() -> None:
@@ -51,11 +59,14 @@ def test_quantised_pairs_answer_on_a_cpu(bits: int) -> None:
         exact, close = plain.target(ids).logits, quantised.target(ids).logits
     error = (exact - close).float().norm() / exact.norm()
     assert 0 < error < (0.35 if bits == 4 else 0.1)
-    for method in (None, SpecPC(ratio=0.5), SpecKV(ratio=0.5)):
+    for method in METHODS:
         answer = quantised.answer(QUESTION, TEXTS, method=method, generation=SHORT)
         assert answer.usage.completion_tokens > 0
+        assert (answer.cache_bytes is not None) == isinstance(method, SpecKV | SpecKVPC)
         again = quantised.answer(QUESTION, TEXTS, method=method, generation=SHORT)
         assert again.text == answer.text
+        many = quantised.answer_many([QUESTION] * 2, [TEXTS] * 2, method=method, generation=SHORT)
+        assert all(row.usage.completion_tokens > 0 for row in many)
 
 
 def test_a_fresh_quantised_model_takes_several_threads_at_once() -> None:
@@ -75,7 +86,7 @@ def test_a_quantised_batch_stays_close_to_single_rows() -> None:
         "builtin:target", quantization=Quantization(bits=8), device="cpu", progress=False
     )
     rows = [torch.arange(10, 40), torch.arange(60, 80)]
-    from draftsieve.core.decode import pad_left
+    from draftsieve.core.reading import pad_left
 
     ids, mask = pad_left(rows, torch.device("cpu"))
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
@@ -143,6 +154,6 @@ def test_on_cuda(bits: int | None) -> None:
     engine = Engine.load(
         "builtin:target", "builtin:draft", quantization=weights, device="cuda", progress=False
     )
-    for method in (None, SpecPC(ratio=0.5), SpecKV(ratio=0.5)):
+    for method in METHODS:
         answer = engine.answer(QUESTION, TEXTS, method=method, generation=SHORT)
         assert answer.usage.completion_tokens > 0

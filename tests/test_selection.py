@@ -7,7 +7,7 @@ import torch
 
 from draftsieve import Engine, SpecPC
 from draftsieve.core.scoring import attention_probabilities, pool, reduce_rows, row_weights
-from draftsieve.core.selection import distinct, neighbor_offsets, rank
+from draftsieve.core.selection import distinct, enough, floor_first, neighbor_offsets, rank
 from draftsieve.core.specpc import select, token_budget
 
 from . import families
@@ -126,3 +126,32 @@ def test_pooling_divides_by_the_kernel_at_the_borders_too() -> None:
     found = pool(torch.tensor([4.0, 0.0, 0.0]), 2, "mean")
     assert found.tolist() == [2.0, 0.0, 0.0]
     assert pool(torch.tensor([4.0, 0.0, 0.0]), 3, "max").tolist() == [4.0, 4.0, 0.0]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_every_group_is_sure_of_its_floor(seed: int) -> None:
+    draw = torch.Generator().manual_seed(seed)
+    groups = torch.randint(0, 4, (25,), generator=draw)
+    for floor in range(4):
+        counts, first, later = dict.fromkeys(range(4), 0), [], []
+        for place, group in enumerate(groups.tolist()):
+            (first if counts[group] < floor else later).append(place)
+            counts[group] += 1
+        assert floor_first(groups, floor).tolist() == first + later
+    assert floor_first(groups[:0], 1).tolist() == []
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_enough_is_the_shortest_beginning_with_the_share(seed: int) -> None:
+    # eighths, so that sums are exact
+    draw = torch.Generator().manual_seed(seed)
+    masses = torch.randint(0, 9, (12,), generator=draw).float() / 8
+    for share in (0.1, 0.5, 0.75, 1.0):
+        expected = next(
+            count
+            for count in range(1, 13)
+            if float(masses[:count].sum()) >= share * float(masses.sum())
+        )
+        assert enough(masses, share) == expected
+    assert enough(torch.zeros(3), 0.5) == 3
+    assert enough(masses[:0], 0.5) == 0

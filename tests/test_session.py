@@ -13,7 +13,7 @@ import torch
 from draftsieve import Engine, Generation, Passage, Prompt, SpecKV, SpecPC
 from draftsieve.core.errors import ConfigError, ModelError, PromptError
 from draftsieve.core.memory import Memory, read_memory
-from draftsieve.core.pipeline import Memories
+from draftsieve.core.request import Memories
 from draftsieve.core.session import Session
 from draftsieve.core.speckv import evict
 from draftsieve.core.stored import Storage, StoredLayer, StoredStates

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -379,3 +381,25 @@ def test_bm25_retrievers_return_copies_with_metadata() -> None:
     node = li.Bm25Retriever.from_nodes(nodes(), similarity_top_k=1).retrieve("notice 8")[0]
     assert (node.node.node_id, node.node.text) == ("p8", PASSAGES[8])
     assert node.node.metadata == {"tags": ["p8"]}
+
+
+async def test_bm25_searches_leave_the_event_loop_free() -> None:
+    """While the search waits (here for the loop to let it go), the loop goes on."""
+    released = threading.Event()
+
+    class Waiting(Bm25Index):
+        def search(self, *args: Any, **options: Any) -> Any:
+            assert released.wait(20), "the event loop was blocked"
+            return super().search(*args, **options)
+
+    index = Waiting([Passage(text, f"p{n}") for n, text in enumerate(PASSAGES)])
+    searches: list[Any] = [
+        lc.Bm25Retriever(index=index, k=1).ainvoke("notice 8"),
+        li.Bm25Retriever(index, similarity_top_k=1).aretrieve("notice 8"),
+    ]
+    for search in searches:
+        released.clear()
+        work = asyncio.create_task(search)
+        await asyncio.sleep(0.01)
+        released.set()
+        assert len(await work) == 1

@@ -9,6 +9,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedTokenizerFast
 from transformers.masking_utils import eager_mask
 
@@ -16,7 +17,7 @@ from draftsieve import Engine, Generation, Prompt, SpecKV, SpecKVPC, SpecPC
 from draftsieve.core.cache import EvictedLayer, cache_bytes
 from draftsieve.core.decode import next_tokens
 from draftsieve.core.errors import BudgetError, ModelError
-from draftsieve.core.kv_scorers import SCORERS
+from draftsieve.core.kv_scorers import SCORERS, h2o
 from draftsieve.core.speckv import evict
 from draftsieve.core.types import PromptTokens
 
@@ -52,6 +53,9 @@ def test_a_capacity_that_holds_everything_changes_nothing_and_skips_the_draft() 
     assert whole.text == plain.text
     assert whole.lookahead is None
     assert whole.usage.cache_entries is None
+    alone = Engine(tiny_model(64, seed=2), tiny_tokenizer())
+    method = SpecKV(capacity=5000)
+    assert alone.answer(QUESTION, TEXTS, method=method, generation=SHORT).text == plain.text
 
 
 @pytest.mark.parametrize("method", [METHOD, SpecKVPC(specpc=SpecPC(ratio=0.7), speckv=METHOD)])
@@ -326,6 +330,28 @@ def test_baseline_scores_against_plain_attention() -> None:
             torch.testing.assert_close(
                 done.scores[layer][0, :, :rivals], expected[:, :rivals], rtol=1e-4, atol=1e-6
             )
+
+
+@pytest.mark.parametrize("name", sorted(SCORERS))
+def test_no_scorer_forms_a_matrix_of_all_tokens(name: str) -> None:
+    class Largest(TorchDispatchMode):
+        size = 0
+
+        def __torch_dispatch__(  # type: ignore[no-untyped-def]
+            self, func, types, args=(), kwargs=None
+        ):
+            out = func(*args, **(kwargs or {}))
+            for part in out if isinstance(out, tuple) else (out,):
+                if isinstance(part, torch.Tensor) and part._base is None:
+                    self.size = max(self.size, part.numel())
+            return out
+
+    model, prompt = families.build("llama", "sdpa"), families.ids(1500)[0]
+    options = SpecKV.model_validate({"scorer": name, "window_size": 4})
+    with Largest() as largest:
+        evict(model, [prompt], [prompt[:4]], options, [100])
+    heads, rows = 4, {"h2o": h2o.BLOCK}.get(name, 10)
+    assert largest.size <= max(heads * rows, 128) * 1504 < 1500**2
 
 
 def test_streaming_keeps_sinks_and_the_newest() -> None:

@@ -25,7 +25,7 @@ from draftsieve.core.cache import EvictedLayer, cache_bytes
 from draftsieve.core.compressor import Compressor
 from draftsieve.core.decode import next_tokens
 from draftsieve.core.errors import ModelError
-from draftsieve.core.pipeline import MAX_LOOKAHEAD
+from draftsieve.core.preparing import MAX_LOOKAHEAD
 from draftsieve.core.speckv import Eviction, evict
 from draftsieve.core.types import Answer
 

@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 
+from draftsieve.core.constrained import Grammar
 from draftsieve.core.encoding import PromptEncoder
+from draftsieve.core.errors import GrammarError
 from draftsieve.core.prompt import Prompt
-from draftsieve.core.tools import ToolReader, parse_tool_calls
+from draftsieve.core.tools import ToolReader, answer_grammar, parse_tool_calls, stated_schema
 from draftsieve.core.types import Segment, ToolCall
 
 from .tokenizer_styles import chatml, llama3, phi3
@@ -54,6 +56,47 @@ def test_calls_are_read_whole_and_in_pieces(
         assert "".join(piece for piece, _ in pieces) + reader.close() == said
         assert tuple(call for _, some in pieces for call in some) == found[1]
         assert reader.broken == broken
+
+
+@pytest.mark.parametrize(
+    ("text", "said", "calls"),
+    [
+        (f"{FERRY}\n{MUSEUM}", "", ["ferry", "museum"]),
+        ('{"a": "<tool_call>{}</tool_call>"}', '{"a": "<tool_call>{}</tool_call>"}', []),
+        ('"<tool_call>"', '"<tool_call>"', []),
+        ("<tool_calm", "<tool_calm", []),
+        ("<tool", "<tool", []),
+        ("", "", []),
+    ],
+)
+def test_calls_that_come_first_or_never(text: str, said: str, calls: list[str]) -> None:
+    found = parse_tool_calls(text, calls_first=True)
+    assert (found[0], [call.name for call in found[1]], found[2]) == (said, calls, ())
+    for size in (1, 3, 7):
+        reader = ToolReader(calls_first=True)
+        pieces = [reader.push(text[i : i + size]) for i in range(0, len(text), size)]
+        assert "".join(piece for piece, _ in pieces) + reader.close() == said
+        assert tuple(call for _, some in pieces for call in some) == found[1]
+
+
+@pytest.mark.parametrize(
+    "form", [{"type": "xml"}, {"type": "json_schema"}, {"json_schema": {"schema": {}}}, "json", int]
+)
+def test_response_formats_that_are_not_understood_are_named(form: Any) -> None:
+    with pytest.raises(GrammarError, match="json_object"):
+        stated_schema(form)
+
+
+def test_a_response_format_says_what_is_stated_and_what_is_allowed() -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    assert stated_schema(form) == schema
+    assert answer_grammar(None, "auto", False, form) == Grammar.json_schema(schema)
+    anything = {"type": "json_object"}
+    assert stated_schema(anything) is None
+    assert answer_grammar(None, "auto", False, anything) == Grammar.json_schema({"type": "object"})
+    for form in (None, {"type": "text"}):
+        assert stated_schema(form) is answer_grammar(None, "auto", False, form) is None
 
 
 def test_arguments_are_plain_values() -> None:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
-from .search import best_first, puct
+from .search import Successors, best_first, puct
 from .store import WINDOW, TrigramStore
 from .tree import EMPTY, NODES, TokenTree
 
 Search = Literal["puct", "best_first"]
+_SEARCHES: Mapping[Search, Callable[[Successors, int, int, int], TokenTree]] = {
+    "puct": puct,
+    "best_first": best_first,
+}
 
 
 class AdedDrafter:
@@ -32,7 +36,7 @@ class AdedDrafter:
         nodes: int = NODES,
     ) -> None:
         self.store, self.nodes = store, nodes
-        self._search = {"puct": puct, "best_first": best_first}[search]
+        self._search = _SEARCHES[search]
         self._newest = deque(prompt[-WINDOW:], maxlen=WINDOW)
 
     def propose(self, context: Sequence[int]) -> TokenTree:

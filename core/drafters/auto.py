@@ -1,15 +1,17 @@
 """Drafting only while it pays: how much is proposed follows from what was measured.
 
 A pass over a tree takes longer than one over a token, by how much depends on model, machine and
-prompt; how many tokens it gives depends on the text. Both are measured while decoding, and the
-number of nodes with the most tokens a second is taken, which may be none. Then a small tree is
-tried again after 2, 4, 8, ... at most 64 plain steps.
+prompt; how many tokens it gives depends on the text. Both are measured, and the number of nodes
+with the most tokens a second is taken, which may be none. While nothing is drafted, guesses are
+still made now and then and compared with what the target says, without letting it read them: this
+costs half a hundredth of the time, and drafting begins as soon as it would have paid.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence
+from math import ceil
 from threading import Lock
 from typing import TYPE_CHECKING
 
@@ -19,32 +21,59 @@ if TYPE_CHECKING:
     from ..verify import Tally
 
 SIZES = (0, 4, 8, 16, 32, 64)  # nodes that are chosen among
-_FIRST = 2  # index of the size tried first
-_LONGEST = 64  # most plain steps between two trials
+_HOPE = 2.0  # tokens a pass of an engine's first request, before anything is known
 _MARGIN = 1.02  # drafting must give this many times the tokens a second of plain decoding
-_NEW_TIME, _NEW_GAIN = 0.2, 0.4  # weights of the newest measurement
+_NEW_TIME, _NEW_GAIN = 0.2, 0.15  # weights of the newest measurement
+_NEW_HABIT = 0.05  # weight of the newest gain in what later requests start from
+_FORGET = 0.001  # of what a tree costs more than nothing, at each plain pass
+_WATCHED = 2  # right guesses after which watching has seen enough
+_WATCHING = 0.005  # share of the time that watching may take
 
 
 class Pace:
-    """Seconds of a pass by its number of nodes; shared by the requests of an engine."""
+    """What passes cost and trees gave, by number of nodes; shared by the requests of an engine."""
 
     def __init__(self) -> None:
         self._lock = Lock()
         self._seconds: list[float | None] = [None] * len(SIZES)
+        self._warm = [True] + [False] * (len(SIZES) - 1)
+        self._habit = [1.0] + [_HOPE] * (len(SIZES) - 1)
 
     def record(self, nodes: int, seconds: float) -> None:
-        """Add the measured time of one pass."""
+        """Add the measured time of one pass; the first one over a tree of its size only warms up.
+
+        Times of trees drift towards that of a plain pass while there are plain passes only, so that
+        a pass slow by accident does not rule out drafting for good.
+        """
         place = bisect_left(SIZES, nodes)
         if place == len(SIZES):
             return
         with self._lock:
+            if not self._warm[place]:
+                self._warm[place] = True
+                return
             old = self._seconds[place]
             self._seconds[place] = seconds if old is None else old + _NEW_TIME * (seconds - old)
+            if place == 0:
+                for size, measured in enumerate(self._seconds[1:], start=1):
+                    if measured is not None:
+                        self._seconds[size] = measured + _FORGET * (seconds - measured)
+
+    def learn(self, gains: Sequence[float]) -> None:
+        """Add what one tree gave, by the number of its nodes that were looked at."""
+        with self._lock:
+            for place, gain in enumerate(gains):
+                self._habit[place] += _NEW_HABIT * (gain - self._habit[place])
+
+    def habit(self) -> list[float]:
+        """Tokens a pass to expect of each size."""
+        with self._lock:
+            return list(self._habit)
 
     @property
-    def ready(self) -> bool:
-        """Whether a plain pass was measured."""
-        return self._seconds[0] is not None
+    def plain(self) -> float | None:
+        """Seconds of a plain pass; None before one was measured."""
+        return self._seconds[0]
 
     def costs(self) -> list[float]:
         """Of each size, in plain passes; what is not measured costs as the next smaller size.
@@ -73,39 +102,52 @@ class AutoDrafter:
 
     def __init__(self, drafter: Drafter, pace: Pace, tally: Tally) -> None:
         self.drafter, self.pace, self.tally = drafter, pace, tally
-        self._gains = [1.0] + [2.0] * (len(SIZES) - 1)  # tokens a pass by size; hopeful at first
-        self._size = _FIRST
-        # plain steps left, and those of the last pause; an engine's first step is measured plain
-        self._waiting, self._wait = (0 if pace.ready else 1), 1
-        self._tree, self._was_cut = EMPTY, False
+        self._gains = pace.habit()  # tokens a pass by size
+        self._whole, self._shown = EMPTY, EMPTY  # the newest guess, and what the target read of it
+        self._said: list[int] = []  # what it said since
+        self._asked, self._rest = False, 0  # whether this step guesses; plain steps before the next
         self._spent = 0.0  # tally.seconds when the last pass was recorded
+        # an engine's first step is measured plain
+        self._size = 0 if pace.plain is None else self._best(pace.costs())
 
     def propose(self, context: Sequence[int]) -> TokenTree:
         """See `Drafter.propose`."""
-        self._tree = EMPTY
-        if self._waiting:
-            self._waiting -= 1
+        self._asked = not self._rest and not len(self._whole)
+        if not self._asked:
+            self._rest, self._shown = max(0, self._rest - 1), EMPTY
             return EMPTY
-        whole = self.drafter.propose(context)
-        self._tree = whole.cut(nodes=SIZES[self._size])
-        self._was_cut = len(self._tree) < len(whole)
-        return self._tree
+        self._whole, self._said = self.drafter.propose(context), []
+        self._shown = self._whole.cut(nodes=SIZES[self._size])
+        return self._shown
 
     def observe(self, accepted: Sequence[int]) -> None:
         """Measure the last pass, and choose the next one's size."""
         self.drafter.observe(accepted)
+        spent, self._spent = self.tally.seconds - self._spent, self.tally.seconds
         if self.tally.forwards:
-            drafting = self.tally.seconds - self._spent if len(self._tree) else 0.0
+            drafting = spent if len(self._shown) else 0.0
             self.pace.record(self.tally.last_nodes, self.tally.last_seconds + drafting)
-        self._spent = self.tally.seconds
-        if not len(self._tree):
+        if self._asked and self._size == 0 and self.pace.plain:
+            self._rest = ceil(spent / (_WATCHING * self.pace.plain)) - 1
+        if len(self._whole):
+            self._said += accepted
+            self._judge()
+
+    def _judge(self) -> None:
+        """What the newest guess gave by size, once that is known."""
+        path = self._whole.follow(self._said)
+        open_end = len(path) == len(self._said)  # so far all of it came true
+        if not len(self._shown) and open_end and len(path) < _WATCHED:
             return
-        path = self._tree.follow(accepted)
-        for place, size in enumerate(SIZES[: self._size + 1]):
-            if place:
-                hits = 1 + sum(node < size for node in path)
-                self._gains[place] += _NEW_GAIN * (hits - self._gains[place])
-        self._choose(more=self._was_cut and len(path) == len(accepted) - 1 and bool(path))
+        known = self._size if len(self._shown) and open_end else len(SIZES) - 1
+        hits = [1.0 + sum(node < size for node in path) for size in SIZES[: known + 1]]
+        for place, hit in enumerate(hits):
+            self._gains[place] += _NEW_GAIN * (hit - self._gains[place])
+        self.pace.learn(hits)
+        more = len(self._shown) > 0 and len(self._shown) < len(self._whole)
+        more = more and len(path) >= len(self._said) - 1 > 0
+        self._whole = EMPTY
+        self._choose(more)
 
     def _choose(self, more: bool) -> None:
         """The size with the most tokens a second; one larger where a tree ended too soon.
@@ -114,18 +156,16 @@ class AutoDrafter:
         copies may pay although short ones do not.
         """
         if more and self._size + 1 < len(SIZES):
-            self._wait, self._size = 1, self._size + 1
+            self._size += 1
             return
-        costs = self.pace.costs()
-        worth = [self._gains[min(place, self._size)] / costs[place] for place in range(len(SIZES))]
+        self._size = self._best(self.pace.costs())
+        if self._size:
+            self._rest = 0
+
+    def _best(self, costs: Sequence[float]) -> int:
+        worth = [gain / cost for gain, cost in zip(self._gains, costs, strict=True)]
         worth[0] = _MARGIN
-        best = max(range(self._size + 1), key=lambda place: (worth[place], -place))
-        if best == 0:
-            self._wait = min(_LONGEST, 2 * self._wait)
-            self._waiting, self._size = self._wait, 1
-            self._gains[1] = max(self._gains[1], 1.0)
-            return
-        self._wait, self._size = 1, best
+        return max(range(len(SIZES)), key=lambda place: (worth[place], -place))
 
 
 __all__ = ["SIZES", "AutoDrafter", "Pace"]

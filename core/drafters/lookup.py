@@ -33,7 +33,7 @@ class LookupDrafter:
         longest: int = 8,
         shortest: int = 1,
         length: int = 24,
-        places: int = 3,
+        places: int = 2,
         nodes: int = NODES,
     ) -> None:
         self.longest, self.shortest = longest, shortest

@@ -11,7 +11,8 @@ from random import Random
 
 from .tree import NODES, GrowingTree, TokenTree
 
-Successors = Callable[[int, int], tuple[tuple[int, float], ...]]  # a pair -> (token, weight) each
+Following = tuple[tuple[int, float], ...]  # (token, weight) each, heaviest first
+Successors = Callable[[int, int], Following]  # of a pair of tokens
 
 ITERATIONS = 150
 PATHS = 24  # most visited paths that are kept
@@ -31,6 +32,7 @@ class _Node:
     visits: int = 0
     score: float = 0.0
     children: list[_Node] = field(default_factory=list)
+    tried: int = 0  # children that were visited, from the first on
     expanded: bool = False
 
 
@@ -50,9 +52,9 @@ def puct(
         nodes: Most nodes of the tree.
         seed: Of the rollouts. What is drafted never changes what is answered.
     """
-    known: dict[tuple[int, int], tuple[tuple[int, float], ...]] = {}
+    known: dict[tuple[int, int], Following] = {}
 
-    def after(one: int, two: int) -> tuple[tuple[int, float], ...]:
+    def after(one: int, two: int) -> Following:
         found = known.get((one, two))
         if found is None:
             found = known[one, two] = successors(one, two)
@@ -69,7 +71,7 @@ def puct(
             _expand(leaf, after)
             found.extend(leaf.children)
             if leaf.children:
-                trail.append(leaf.children[0])
+                trail.append(_choose(leaf))
         value = 1.0 + _rollout(trail[-1], after, random)
         for node in trail:
             node.visits += 1
@@ -79,12 +81,14 @@ def puct(
 
 
 def _choose(node: _Node) -> _Node:
+    if node.tried < len(node.children):
+        node.tried += 1
+        return node.children[node.tried - 1]
     growth = (C1 + log((node.visits + C2 + 1) / C2)) * sqrt(node.visits)
     best, most = node.children[0], -1.0
     for child in node.children:
-        if not child.visits:
-            return child
-        worth = child.score / child.visits + growth * child.prior / (1 + child.visits)
+        visits = child.visits
+        worth = child.score / visits + growth * child.prior / (1 + visits)
         if worth > most:
             best, most = child, worth
     return best
@@ -123,7 +127,12 @@ def _extended(nodes: list[_Node], after: Successors) -> Iterator[tuple[int, ...]
 
 
 def best_first(
-    successors: Successors, first: int, second: int, nodes: int = NODES, depth: int = 8
+    successors: Successors,
+    first: int,
+    second: int,
+    nodes: int = NODES,
+    depth: int = 8,
+    floor: float = 0.05,
 ) -> TokenTree:
     """The nodes with the largest product of shares, a node's share being of its siblings' weight.
 
@@ -133,22 +142,23 @@ def best_first(
         second: Its last token.
         nodes: Most nodes of the tree.
         depth: Most tokens of a path.
+        floor: Least share of a node; what is less likely costs the target more than it gives.
     """
     tree, order = GrowingTree(nodes), count()
     heap: list[tuple[float, int, int, int, int, int]] = []  # -share, order, parent, depth, pair
 
     def push(share: float, parent: int, level: int, one: int, two: int) -> None:
         following = successors(one, two)
-        total = sum(weight for _, weight in following)
+        scale = share / (sum(weight for _, weight in following) or 1.0)
         for token, weight in following:
-            if weight > 0:
-                entry = (-share * weight / total, next(order), parent, level, two, token)
-                heappush(heap, entry)
+            if weight * scale < floor or weight <= 0:
+                break  # the others are lighter
+            heappush(heap, (-weight * scale, next(order), parent, level, two, token))
 
     push(1.0, -1, 1, first, second)
     while heap and len(tree) < nodes:
         share, _, parent, level, one, two = heappop(heap)
         node = tree.add(parent, two)
-        if level < depth:
+        if level < depth and share < -floor:
             push(-share, node, level + 1, one, two)
     return tree.tree()

@@ -73,12 +73,10 @@ class TrigramStore:
             row = self._find(key)
             if row < 0:
                 return ()
-            weights = self._weights(row).tolist()
+            weights = self._weights(row)
             tokens: list[int] = self._tokens[row].tolist()
-        found = [
-            (token - 1, weight) for token, weight in zip(tokens, weights, strict=True) if token
-        ]
-        return tuple(sorted(found, key=lambda pair: (-pair[1], pair[0])))
+        heaviest = sorted(zip(weights, tokens, strict=False), key=lambda pair: (-pair[0], pair[1]))
+        return tuple((token - 1, weight) for weight, token in heaviest)
 
     def learn(self, tokens: Sequence[int]) -> None:
         """Count the tri-grams of a text; texts below 3 tokens hold none.
@@ -152,11 +150,14 @@ class TrigramStore:
         array: NDArray[Any] = getattr(self, f"_{name}")
         return array
 
-    def _weights(self, row: int) -> NDArray[np.float32]:
-        """(12,) weights of a pair's successors."""
-        shares = self._counts[row] / max(float(self._totals[row]), 1.0)
-        weights: NDArray[np.float32] = np.minimum(shares + BOOST * self._boosts[row], MOST)
-        return weights
+    def _weights(self, row: int) -> list[float]:
+        """Weights of a pair's successors; plain numbers, for numpy is slow with so few."""
+        total = max(float(self._totals[row]), 1.0)
+        used = _used(self._tokens[row].tolist())
+        counts: list[float] = self._counts[row, :used].tolist()
+        boosts: list[int] = self._boosts[row, :used].tolist()
+        pairs = zip(counts, boosts, strict=True)
+        return [min(count / total + BOOST * boost, MOST) for count, boost in pairs]
 
     def _first_row(self, key: int) -> int:
         """First row of the key's set (Fibonacci hashing)."""
@@ -186,7 +187,10 @@ class TrigramStore:
         tokens: list[int] = self._tokens[row].tolist()
         if token + 1 in tokens:
             return tokens.index(token + 1)
-        place = tokens.index(0) if 0 in tokens else int(self._weights(row).argmin())
+        place = _used(tokens)
+        if place == SUCCESSORS:
+            weights = self._weights(row)
+            place = weights.index(min(weights))
         self._tokens[row, place] = token + 1
         self._counts[row, place] = self._boosts[row, place] = 0
         return place
@@ -201,6 +205,11 @@ class TrigramStore:
 
 def _key(first: int, second: int) -> int:
     return (first << 32) + second + 1
+
+
+def _used(tokens: list[int]) -> int:
+    """How many places of a pair are taken; they fill from the first on."""
+    return tokens.index(0) if 0 in tokens else SUCCESSORS
 
 
 def build_store(

@@ -7,15 +7,19 @@ draft tokens of the kept text, methods on the cache in entries per KV head.
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import get_args
+from typing import Any, get_args
+
+from pydantic import ValidationError
 
 from ..config import Scorer as CacheScorer
 from ..config import SpecKV, SpecKVPC, SpecPC
 from ..errors import ConfigError
+from ..head_weights import head_weights
 from ..kv_scorers import SCORERS
 from ..types import Answer
 from . import scorers, specprefill, surprise
@@ -29,12 +33,12 @@ from .baselines import (
     truncation_middle,
     truncation_tail,
 )
-from .shared import Case
+from .shared import Bench, Case
 from .squad import Scorer
 from .survival import kept_spans
 
 SEED = 2026  # of random baselines
-EMBEDDING = "embedding:"
+EMBEDDING, OPTIONS = "embedding:", "specpc:"  # name a model, or options of SpecPC
 _NEEDS_ALL_QUERIES = {"h2o"}  # cannot go on from a shared prefill
 
 
@@ -59,13 +63,14 @@ class Run:
 class EvalMethod:
     """A method: `kind` is "none", "prompt", "cache" or "both".
 
-    `check` raises a `DraftSieveError` where something that the method needs is not there.
+    `check` raises a `DraftSieveError` where something that the method needs is not there: an
+    installed package, or what belongs to the pair.
     """
 
     name: str
     kind: str
     run: Callable[[Case, float], Run]
-    check: Callable[[], object] | None = None
+    check: Callable[[Bench], object] | None = None
 
 
 def _on_cache(name: CacheScorer | None, case: Case, share: float) -> Run:
@@ -147,8 +152,8 @@ def _specpc(options: SpecPC, case: Case, share: float) -> Shortened:
     return kept, [passage.text for passage in shorter.passages]
 
 
-def _specpc_kept(case: Case, share: float) -> Kept:
-    return _specpc(SpecPC(), case, share)[0]
+def _specpc_kept(options: SpecPC, case: Case, share: float) -> Kept:
+    return _specpc(options, case, share)[0]
 
 
 def _specprefill(case: Case, share: float) -> Kept:
@@ -208,12 +213,28 @@ def _joined(case: Case, kept: Kept) -> Shortened:
 # ---------------------------------------------------------------- names
 
 
-def _prompt(name: str, shorten: Shorten, check: Callable[[], object] | None = None) -> EvalMethod:
+def _prompt(
+    name: str, shorten: Shorten, check: Callable[[Bench], object] | None = None
+) -> EvalMethod:
     return EvalMethod(name, "prompt", partial(_on_prompt, shorten), check)
 
 
+def _by_specpc(name: str, options: SpecPC) -> EvalMethod:
+    """SpecPC with options of its own."""
+
+    def check(bench: Bench) -> None:
+        if options.head_weights is not None:
+            head_weights(bench.draft.model, options.head_weights)
+
+    if options.positions == "keep":
+        return EvalMethod(name, "prompt", partial(_in_place, partial(_specpc_kept, options)), check)
+    return _prompt(name, partial(_specpc, options), check)
+
+
 def _listed() -> tuple[EvalMethod, ...]:
-    sklearn = partial(scorers.require_eval, "sklearn", "TF-IDF")
+    def sklearn(_: Bench) -> None:
+        scorers.require_eval("sklearn", "TF-IDF")
+
     on_cache = [
         EvalMethod(name, "cache", partial(_on_cache, name)) for name in get_args(CacheScorer)
     ]
@@ -221,9 +242,9 @@ def _listed() -> tuple[EvalMethod, ...]:
         EvalMethod("none", "none", partial(_on_cache, None)),
         *on_cache,
         EvalMethod("speckv-pc", "both", _both),
-        _prompt("specpc", partial(_specpc, SpecPC())),
-        EvalMethod("specpc-keep", "prompt", partial(_in_place, _specpc_kept)),
-        _prompt("specpc-2026-11", partial(_specpc, SpecPC.preset("2026-11"))),
+        _by_specpc("specpc", SpecPC()),
+        _by_specpc("specpc-keep", SpecPC(positions="keep")),
+        _by_specpc("specpc-2026-11", SpecPC.preset("2026-11")),
         EvalMethod("specprefill", "prompt", partial(_in_place, _specprefill)),
         _prompt("perplexity", _surprise),
         _prompt("contrastive-perplexity", _contrast),
@@ -239,19 +260,40 @@ def _listed() -> tuple[EvalMethod, ...]:
 
 
 METHODS: Mapping[str, EvalMethod] = {method.name: method for method in _listed()}
+# One change each, on top of the paper's settings or of whole sentences.
+_CHANGES = (
+    "unit=sentence",
+    "lookahead_tokens=8",
+    "unit=sentence,lookahead_tokens=8",
+    "unit=sentence,reduction=mean",
+    "unit=sentence,reduction=mean-max",
+    "unit=sentence,unit_score=mean",
+    "unit=sentence,reduction=mean-max,unit_score=mean",
+    "unit=sentence,passage_floor=1",
+    "unit=sentence,score_mass=0.5",
+    "unit=sentence,positions=keep",
+    "head_weights=calibrated",
+    "unit=sentence,head_weights=calibrated",
+    "unit=sentence,head_weights=calibrated,unit_score=mean",
+)
 GROUPS: Mapping[str, tuple[str, ...]] = {
     "prompt": tuple(name for name, method in METHODS.items() if method.kind == "prompt"),
     "cache": tuple(name for name, method in METHODS.items() if method.kind == "cache"),
     "all": tuple(METHODS),
+    "improvements": ("specpc", "specpc-keep", *(OPTIONS + change for change in _CHANGES)),
     "table": ("none", "speckv", "speckv-pc", "snapkv", "laq", "streaming", "random", "oracle"),
 }
 
 
 def find_methods(names: Sequence[str]) -> list[EvalMethod]:
-    """Methods by name, group or "embedding:MODEL", each once and in the order asked for.
+    """Methods by name or group, each once and in the order asked for.
+
+    Args:
+        names: Of `METHODS` and `GROUPS`, "embedding:MODEL" for sentences by an encoder model, or
+            "specpc:unit=sentence,reduction=mean" for SpecPC with these options.
 
     Raises:
-        ConfigError: There is no such method.
+        ConfigError: There is no such method, or an option of SpecPC is invalid.
     """
     found: dict[str, EvalMethod] = {}
     for name in names:
@@ -267,10 +309,31 @@ def _find(name: str) -> EvalMethod:
         def shorten(case: Case, share: float) -> Shortened:
             return _sentences(load(), case, share)
 
-        return _prompt(name, shorten, load)
+        return _prompt(name, shorten, lambda _: load())
+    if name.startswith(OPTIONS):
+        return _by_specpc(name, _options(name.removeprefix(OPTIONS)))
     if name not in METHODS:
         raise ConfigError(
             f"There is no method {name!r}; there are {sorted(METHODS)}, the groups "
-            f"{sorted(GROUPS)}, and {EMBEDDING}MODEL for sentences by an encoder model."
+            f"{sorted(GROUPS)}, {EMBEDDING}MODEL for sentences by an encoder model, and "
+            f"{OPTIONS}NAME=VALUE,... for options of SpecPC."
         )
     return METHODS[name]
+
+
+def _options(text: str) -> SpecPC:
+    """SpecPC from "unit=sentence,lookahead_tokens=8"; values are JSON, or else text."""
+    found: dict[str, Any] = {}
+    for part in text.split(","):
+        name, _, value = part.partition("=")
+        try:
+            found[name.strip()] = json.loads(value)
+        except ValueError:
+            found[name.strip()] = value
+    try:
+        return SpecPC.model_validate(found)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ConfigError(
+            f"{OPTIONS}{text} holds no options of SpecPC: {first['loc']}: {first['msg']}."
+        ) from error

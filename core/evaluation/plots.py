@@ -59,7 +59,7 @@ def by_depth(records: Sequence[Record]) -> list[tuple[float, float, float, float
 def _against_budget(
     records: Sequence[Record], budgets: Sequence[float], length: int, folder: Path
 ) -> Path:
-    figure, axes = _axes()
+    figure, axes = empty_axes()
     for method in dict.fromkeys(record.method for record in records):
         own = [record for record in records if record.method == method]
         points = [
@@ -69,26 +69,30 @@ def _against_budget(
         if points[0][0] == 1.0:  # it has no budget: a level
             axes.axhline(points[0][1], color="black", linestyle=":", label=method)
         else:
-            _draw(axes, points, method)
+            draw(axes, points, method)
     axes.set_xscale("log", base=2)
     axes.set_xticks(list(budgets), [f"{budget:g}" for budget in budgets])
     axes.set_xlabel("share of the passages' tokens kept")
     axes.set_title(f"{length} tokens")
-    return _save(figure, axes, folder / f"accuracy_budget_{length}.png")
+    return save(figure, axes, folder / f"accuracy_budget_{length}.png")
 
 
 def _against_depth(records: Sequence[Record], length: int, budget: float, folder: Path) -> Path:
-    figure, axes = _axes()
+    figure, axes = empty_axes()
     for method in dict.fromkeys(record.method for record in records):
-        _draw(axes, by_depth([r for r in records if r.method == method]), method)
+        draw(axes, by_depth([r for r in records if r.method == method]), method)
     axes.set_xlim(0, 1)
     axes.set_xlabel("depth of the evidence (0: start of the passages)")
     axes.set_title(f"{length} tokens, budget {budget:g}")
-    return _save(figure, axes, folder / f"accuracy_depth_{length}_{budget:g}.png")
+    return save(figure, axes, folder / f"accuracy_depth_{length}_{budget:g}.png")
 
 
-def _axes() -> tuple[Any, Any]:
-    """A figure that needs no screen and leaves matplotlib's global state alone."""
+def empty_axes(label: str = "share of right answers") -> tuple[Any, Any]:
+    """A figure that needs no screen and leaves matplotlib's global state alone.
+
+    Args:
+        label: Of the vertical axis, a share.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -96,19 +100,21 @@ def _axes() -> tuple[Any, Any]:
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     axes.set_ylim(-0.02, 1.02)
-    axes.set_ylabel("share of right answers")
+    axes.set_ylabel(label)
     axes.grid(alpha=0.3)
     return figure, axes
 
 
-def _draw(axes: Any, points: Sequence[tuple[float, float, float, float]], label: str) -> None:
+def draw(axes: Any, points: Sequence[tuple[float, float, float, float]], label: str) -> None:
+    """A line through (place, mean, low, high), at least one, with error bars."""
     places, means, low, high = zip(*points, strict=True)
     below = [max(0.0, mean - end) for mean, end in zip(means, low, strict=True)]
     above = [max(0.0, end - mean) for mean, end in zip(means, high, strict=True)]
     axes.errorbar(places, means, yerr=(below, above), marker="o", capsize=2, label=label)
 
 
-def _save(figure: Any, axes: Any, path: Path) -> Path:
+def save(figure: Any, axes: Any, path: Path) -> Path:
+    """Write the picture with its legend; returns its path."""
     axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.savefig(path, dpi=120)
     return path

@@ -39,7 +39,7 @@ class Grid:
     """What a run measures.
 
     Args:
-        methods: Names of `methods.METHODS`, of its groups, or "embedding:MODEL".
+        methods: Names as for `find_methods`.
         budgets: Shares of the passages' tokens that may stay, in (0, 1].
         lengths: Tokens of the prompts.
         tasks: Names of `puzzles.TASKS`; none with `data` alone.
@@ -104,7 +104,7 @@ def run(bench: Bench, grid: Grid, folder: Path, *, progress: bool = True) -> lis
     Raises:
         ConfigError: The folder holds results of another run, or a name does not exist.
     """
-    methods = usable(find_methods(grid.methods))
+    methods = usable(find_methods(grid.methods), bench)
     if grid.reference not in {method.name for method in methods}:
         raise ConfigError(
             f"The reference {grid.reference!r} is not among the methods of this run: "
@@ -133,13 +133,13 @@ def run(bench: Bench, grid: Grid, folder: Path, *, progress: bool = True) -> lis
     return found
 
 
-def usable(methods: Sequence[EvalMethod]) -> list[EvalMethod]:
+def usable(methods: Sequence[EvalMethod], bench: Bench) -> list[EvalMethod]:
     """The methods whose needs are met; the others are left out with a warning."""
     found = []
     for method in methods:
         try:
             if method.check is not None:
-                method.check()
+                method.check(bench)
             found.append(method)
         except DraftSieveError as error:
             logger.warning("%s is skipped: %s", method.name, error)

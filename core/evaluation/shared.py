@@ -3,29 +3,44 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, TypeVar
 
 import torch
-from transformers import DynamicCache
 
 from ..compressor import Compressor
 from ..config import Generation, Method, SpecPC
-from ..decode import Start
 from ..encoding import PromptEncoder
 from ..errors import ModelError
 from ..lookahead import greedy
-from ..memory import Memory, read_memory
+from ..memory import read_memory
 from ..models import LoadedModel, fingerprint
-from ..pipeline import Memories, Pipeline
+from ..pipeline import Pipeline
+from ..positions import kept_places, start_at
 from ..prompt import Prompt
+from ..request import Memories
 from ..types import Answer, DraftReading, PromptTokens
 from .baselines import Kept
 from .tasks import EvalItem
 
 T = TypeVar("T")
-_BUDGET = {"capacity": None, "ratio": 1.0, "unit": "token", "gap_marker": None, "drop_empty": False}
+_NOT_READ = {  # options that change what is kept, but not what the draft reads
+    "capacity": None,
+    "ratio": 1.0,
+    "kernel_size": 1,
+    "pool": None,
+    "neighbor_tokens": None,
+    "unit": "token",
+    "unit_score": "max",
+    "passage_floor": 0,
+    "score_mass": None,
+    "positions": "reset",
+    "gap_marker": None,
+    "drop_empty": False,
+    "min_tokens": 0,
+    "max_passages": None,
+}
 
 
 class Once:
@@ -58,16 +73,30 @@ class SharedDraft(Compressor):
 
     once: Once
 
-    def guess(self, prompt: Prompt, tokens: int, memory: Memory | None = None) -> torch.Tensor:
+    def guess_many(
+        self,
+        prompts: Sequence[Prompt],
+        tokens: Sequence[int],
+        known: Sequence[PromptTokens] | None = None,
+    ) -> list[torch.Tensor]:
+        return [self._guess_once(*each) for each in zip(prompts, tokens, strict=True)]
+
+    def _guess_once(self, prompt: Prompt, tokens: int) -> torch.Tensor:
         key = ("guess", self.encoder.encode(prompt).ids.numpy().tobytes(), tokens)
-        return self.once(key, lambda: super(SharedDraft, self).guess(prompt, tokens, memory))
+        return self.once(key, lambda: super(SharedDraft, self).guess_many([prompt], [tokens])[0])
+
+    def _read_parts(
+        self, parts: Sequence[PromptTokens], method: SpecPC, lookaheads: Sequence[int]
+    ) -> list[DraftReading]:
+        pairs = zip(parts, lookaheads, strict=True)
+        return [self._read_once(part, method, lookahead) for part, lookahead in pairs]
 
     def _read_once(self, tokens: PromptTokens, method: SpecPC, lookahead: int) -> DraftReading:
         cut = min(method.window_size, method.capacity or method.window_size)
-        reads = method.model_copy(update={**_BUDGET, "window_size": cut, "kernel_size": 1})
+        reads = method.model_copy(update={**_NOT_READ, "window_size": cut})
         key = ("read", tokens.ids.numpy().tobytes(), reads, lookahead)
         return self.once(
-            key, lambda: super(SharedDraft, self)._read_once(tokens, method, lookahead)
+            key, lambda: super(SharedDraft, self)._read_parts([tokens], method, [lookahead])[0]
         )
 
 
@@ -161,19 +190,10 @@ class Case:
             The answer, and the number of tokens read.
         """
         target, tokens = self.bench.target, self.bench.encoder.encode(self.prompt)
-        stays = tokens.protected.clone()  # (tokens,)
-        for index, spans in enumerate(kept):
-            for first, last in spans:
-                inside = (tokens.start < last) & (tokens.end > first)
-                stays |= (tokens.passage == index) & inside
-        places = torch.nonzero(stays).squeeze(1)
-        ids = tokens.ids[places].unsqueeze(0).to(target.device)  # (1, kept)
-        start = Start(
-            DynamicCache(config=target.config),
-            ids,
-            torch.ones_like(ids),
-            places.unsqueeze(0).to(target.device),
-        )
-        said = greedy(target, ids[0].cpu(), self.bench.generation.max_new_tokens, start)
+        spans = ((index, *span) for index, own in enumerate(kept) for span in own)
+        places = kept_places(tokens, spans)  # (kept,)
+        ids = tokens.ids[places]
+        start = start_at(target, [ids], [places])
+        said = greedy(target, ids, self.bench.generation.max_new_tokens, start)
         text = str(self.bench.tokenizer.decode(said.tolist(), skip_special_tokens=True))
         return text, places.numel()

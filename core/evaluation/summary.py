@@ -30,6 +30,9 @@ def markdown(records: Sequence[Record], *, reference: str, title: str) -> str:
             parts += [f"## {length} tokens", _described(generated)]
             parts += [accuracy_table(generated, reference), "Share of right answers by task:"]
             parts.append(task_table(generated))
+            if any(record.draft_correct is not None for record in generated):
+                parts.append("Apart by the draft's own answer to the whole prompt:")
+                parts.append(draft_table(generated, reference))
         if natural:
             parts += [f"## Natural text, {length} tokens", _described(natural)]
             parts.append(natural_table(natural, reference))
@@ -47,8 +50,6 @@ def accuracy_table(records: Sequence[Record], reference: str) -> str:
         "cache entries",
         "accuracy",
         f"minus {reference}",
-        "draft right",
-        "draft wrong",
         "answers found",
         "evidence kept",
         "draft s",
@@ -65,14 +66,35 @@ def accuracy_table(records: Sequence[Record], reference: str) -> str:
                 _mean(own, lambda r: r.cache_tokens),
                 interval([r.correct for r in own]),
                 "" if method == reference else difference(own, base, lambda r: r.correct),
-                _share([r.correct for r in own if r.draft_correct]),
-                _share([r.correct for r in own if r.draft_correct is False]),
                 _share([r.recall for r in own]),
                 _share([r.survived for r in own if r.survived is not None]),
                 _mean(own, lambda r: r.draft_seconds, 2),
                 _mean(own, lambda r: r.target_seconds, 2),
             )
         )
+    return table(head, rows)
+
+
+def draft_table(records: Sequence[Record], reference: str) -> str:
+    """Exact match where the draft answers right by itself, and where it does not."""
+    sides = {
+        right: [record for record in records if record.draft_correct is right]
+        for right in (True, False)
+    }
+    head = ["method", "budget"]
+    for right, found in sides.items():
+        count = len({record.item for record in found})
+        head += [f"draft {'right' if right else 'wrong'} ({count})", f"minus {reference}"]
+    rows = []
+    for (method, budget), own in _cells(records):
+        row = [method, _budget(budget)]
+        for right, found in sides.items():
+            mine = [record for record in own if record.draft_correct is right]
+            base = _reference(found, reference, budget)
+            same = method == reference
+            row.append(interval([r.correct for r in mine]))
+            row.append("" if same else difference(mine, base, lambda r: r.correct))
+        rows.append(row)
     return table(head, rows)
 
 

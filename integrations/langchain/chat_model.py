@@ -95,7 +95,8 @@ class ChatDraftSieve(EngineOptions, BaseChatModel):
                 calls only; "none" (or False) for no calls; the name of the tool to call.
             parallel_tool_calls: Whether an answer may hold several calls; None allows it where
                 text is allowed too ("auto").
-            kwargs: More options of the calls.
+            kwargs: More options of the calls. With a `response_format`, an answer that calls no
+                tool is JSON of its schema (what `create_agent(response_format=...)` asks for).
 
         Raises:
             GrammarError: `tool_choice` names no tool, or a schema cannot be enforced.
@@ -106,7 +107,8 @@ class ChatDraftSieve(EngineOptions, BaseChatModel):
             "tool_choice": choice_of(tool_choice),
             "parallel_tool_calls": parallel_tool_calls,
         }
-        self.call_options(None, options)  # faults show here, not in the first call
+        form = {"response_format": kwargs.get("response_format")}
+        self.call_options(None, {**options, **form})  # faults show here, not in the first call
         return self.bind(**options, **kwargs)
 
     def with_structured_output(

@@ -14,6 +14,7 @@ from langchain_core.messages.tool import tool_call as as_call
 
 from ...core.constrained import Grammar
 from ...core.errors import GrammarError
+from ...core.tools import answer_grammar, stated_schema
 from ...core.types import ToolCall
 
 TOOL_OPTIONS = frozenset({"tools", "tool_choice", "parallel_tool_calls", "response_format"})
@@ -49,29 +50,20 @@ def tools_of(options: Mapping[str, Any]) -> Sequence[Mapping[str, Any]] | None:
 
 
 def schema_of(options: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """The JSON schema that the prompt states: OpenAI's `response_format` of type "json_schema"."""
-    wanted = options.get("response_format") or {}
-    return wanted["json_schema"]["schema"] if wanted.get("type") == "json_schema" else None
+    """The JSON schema that a call's prompt states."""
+    return stated_schema(options.get("response_format"))
 
 
 def grammar_of(options: Mapping[str, Any]) -> Grammar | None:
-    """What a call's tools or response format allow the answer to be; None for anything.
+    """What a call's tools and response format allow the answer to be; None for anything.
 
     Raises:
-        GrammarError: Tools and a response format exclude each other, or cannot be used.
+        GrammarError: They cannot be used.
     """
-    tools, wanted = tools_of(options), options.get("response_format")
-    if tools and wanted:
-        raise GrammarError("A call takes tools or a response_format, not both: choose one.")
-    if wanted:
-        return Grammar.json_schema(schema_of(options) or {"type": "object"})
-    if not tools:
-        return None
     choice = choice_of(options.get("tool_choice"))
     parallel = options.get("parallel_tool_calls")
-    return Grammar.tool_calls(
-        tools, choice, parallel=choice == "auto" if parallel is None else bool(parallel)
-    )
+    several = choice == "auto" if parallel is None else bool(parallel)
+    return answer_grammar(tools_of(options), choice, several, options.get("response_format"))
 
 
 def as_calls(calls: Sequence[ToolCall]) -> list[Call]:

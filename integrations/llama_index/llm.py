@@ -33,9 +33,9 @@ from llama_index.core.tools.types import BaseTool
 from llama_index.core.types import BasePydanticProgram, Model
 
 from ...core.config import Method
-from ...core.constrained import Grammar
 from ...core.errors import ModelError
 from ...core.prompt import Prompt
+from ...core.tools import answer_grammar, stated_schema
 from ...core.types import Answer, Chunk
 from .messages import as_prompt, report, token_counts
 from .options import EngineOptions
@@ -54,13 +54,15 @@ class DraftSieveLLM(EngineOptions):
     `complete` makes its prompt one user message, as chat models do; `formatted` changes nothing.
 
     A call may override `method`, `on_error`, `max_tokens`, `temperature`, `top_p`, `top_k`,
-    `min_p`, `repetition_penalty`, `seed`, `stop`, `timeout` and `grammar` (see
-    `core.constrained.Grammar`); other keyword arguments are refused.
+    `min_p`, `repetition_penalty`, `seed`, `stop` and `timeout`, and give OpenAI's
+    `response_format` or a `grammar` (see `core.constrained.Grammar`); other keyword arguments are
+    refused.
 
     Tools (`chat_with_tools`, `FunctionAgent`, `structured_predict`, `as_structured_llm`) are
     called by constrained decoding: calls always fit the tools' schemas, unless `max_tokens` cuts
     them off; such a call is left out and told in `raw["broken_calls"]`. `tool_choice` is "auto",
-    "any" (or "required"), "none", or a tool's name. In a stream a call comes as a whole.
+    "any" (or "required"), "none", or a tool's name. In a stream a call comes as a whole. With a
+    `response_format`, an answer that calls no tool is JSON of its schema.
 
     Options: see `EngineOptions`; `system_prompt`, `callback_manager`, `output_parser` and the rest
     of LlamaIndex's own work as for any LLM.
@@ -155,7 +157,8 @@ class DraftSieveLLM(EngineOptions):
         if not tools or choice == "none":
             return {"messages": messages, **kwargs}
         schemas = [tool_schema(tool) for tool in tools]
-        grammar = Grammar.tool_calls(schemas, choice, parallel=allow_parallel_tool_calls)
+        form = kwargs.get("response_format")
+        grammar = answer_grammar(schemas, choice, allow_parallel_tool_calls, form)
         return {"messages": messages, "tools": schemas, "grammar": grammar, **kwargs}
 
     def get_tool_calls_from_response(
@@ -260,7 +263,8 @@ class DraftSieveLLM(EngineOptions):
 
 
 def _prompt(messages: Sequence[ChatMessage], options: Mapping[str, Any]) -> Prompt:
-    return as_prompt(messages, options.get("documents") or (), options.get("tools"))
+    schema = stated_schema(options.get("response_format"))
+    return as_prompt(messages, options.get("documents") or (), options.get("tools"), schema)
 
 
 def _grown(message: ChatMessage, piece: Chunk) -> ChatMessage:

@@ -93,11 +93,12 @@ class DraftSieveMemoryBlock(SieveOptions, BaseMemoryBlock[list[ChatMessage]]):
         question = content.question if isinstance(content, Turns) else ""
         context = await self.loaded.acompress(question, texts, method, **self.call_options())
         kept = [passage.text or _GONE for passage in context.passages]
+        sizes, gone = [self._count([text]) for text in kept], self._count([_GONE])
         for index in range(len(kept)):  # the oldest first
-            if self._count(kept) <= room:
+            if sum(sizes) <= room:
                 break
-            kept[index] = _GONE
-        logger.info("Earlier turns: %d of %d tokens are kept.", self._count(kept), before)
+            kept[index], sizes[index] = _GONE, gone
+        logger.info("Earlier turns: %d of %d tokens are kept.", sum(sizes), before)
         return _with_texts(content, dict(zip(found, kept, strict=True)))
 
     def _count(self, texts: Sequence[str]) -> int:

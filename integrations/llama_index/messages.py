@@ -42,6 +42,7 @@ def as_prompt(
     messages: Sequence[ChatMessage],
     documents: Sequence[Document] = (),
     tools: Sequence[Mapping[str, Any]] | None = None,
+    schema: Mapping[str, Any] | None = None,
 ) -> Prompt:
     """Turn messages into a prompt.
 
@@ -51,6 +52,7 @@ def as_prompt(
         documents: A call's own documents, to stand in front of the last user message. Of a node,
             its text and id are taken.
         tools: Schemas of tools that may be called.
+        schema: JSON schema that the prompt states.
 
     Returns:
         The prompt.
@@ -59,7 +61,7 @@ def as_prompt(
         PromptError: A block of another kind, or a document that is not plain text.
     """
     said = [_mapping(message) for message in messages]
-    return Prompt.from_messages(said, [_passage(d) for d in documents], tools)
+    return Prompt.from_messages(said, [_passage(d) for d in documents], tools, schema)
 
 
 def report(answer: Answer, model: str, method: Method | None) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from ...core.compressor import OnError
 from ...core.config import Generation, Method, Options, Quantization
 from ...core.engine import Engine
 from ...core.errors import ModelError
+from ...core.tools import answer_grammar
 
 _NAMES = {"max_tokens": "max_new_tokens"}  # LlamaIndex's name -> ours
 _DECODING = (
@@ -24,7 +25,8 @@ _DECODING = (
     "seed",
     "timeout",
 )
-_APART = frozenset({"method", "on_error", "documents", "tools"})  # not about decoding
+# not about decoding, or turned into a grammar
+_APART = frozenset({"method", "on_error", "documents", "tools", "response_format"})
 
 
 class CallOptions(Options):
@@ -134,16 +136,21 @@ class EngineOptions(FunctionCallingLLM):
 
         Args:
             options: The call's keyword arguments, under LlamaIndex's or the core's names;
-                `documents` and `tools` are left to the caller.
+                `documents` and `tools` are left to the caller. A `response_format` becomes a
+                grammar unless there is one.
 
         Returns:
             Validated options.
 
         Raises:
             ValidationError: An option is unknown or invalid.
+            GrammarError: The response format cannot be used.
         """
         given = {name: value for name, value in options.items() if name not in _APART}
         decoding = {**{name: getattr(self, name) for name in _DECODING}, **given}
+        if decoding.get("grammar") is None:
+            form = options.get("response_format")
+            decoding["grammar"] = answer_grammar(None, "auto", False, form)
         stop = self.stop if decoding.get("stop") is None else decoding["stop"]
         named = {_NAMES.get(name, name): value for name, value in decoding.items()}
         return CallOptions(

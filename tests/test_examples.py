@@ -1,0 +1,86 @@
+"""Examples are told apart by what they show, run offline, and say how to use other models."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+from runpy import run_path
+
+import pytest
+
+from .adapters_fixtures import EXAMPLES, needs_pair
+
+ROOT = EXAMPLES.parent
+NAMES = sorted(path.name for path in EXAMPLES.glob("*.py") if path.name != "demo.py")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_example_says_which_lines_to_change(name: str) -> None:
+    source = (EXAMPLES / name).read_text(encoding="utf-8")
+    said = ast.get_docstring(ast.parse(source))
+    assert said is not None
+    assert re.search(r"models?\s+of\s+the\s+hub\s+change", said)
+    for constant in re.findall(r"\b(TARGET|DRAFT)\b", said):
+        assert re.search(rf"^{constant} = .*  # .*hub", source, flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_example_is_run_by_a_test(name: str) -> None:
+    tests = "".join(path.read_text(encoding="utf-8") for path in ROOT.glob("tests/test_*.py"))
+    assert f'"{name}"' in tests
+
+
+@needs_pair
+def test_the_retriever_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    found = run_path(str(EXAMPLES / "langchain_retriever.py"))
+    said = capsys.readouterr().out
+    for question in found["QUESTIONS"]:
+        assert question in said
+    sizes = re.findall(r"(\d+) of (\d+) tokens kept", said)
+    assert len(sizes) >= 4
+    assert all(int(kept) <= int(whole) for kept, whole in sizes)
+    assert "Haizek Pimemont" in said
+
+
+@needs_pair
+def test_the_chat_session_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    found = run_path(str(EXAMPLES / "chat_session.py"))
+    found["chat"](found["QUESTIONS"])
+    head, *rest = capsys.readouterr().out.strip().split("\n\n> ")
+    assert "tokens read once" in head
+    assert [part.splitlines()[0] for part in rest] == found["QUESTIONS"]
+    for part in rest:
+        kept, whole = map(int, re.findall(r"(\d+) of (\d+) cache entries", part)[0])
+        assert kept < whole / 2
+
+
+def small(script: str, *options: str) -> str:
+    """What a benchmark prints when it has little to do."""
+    path = str(Path("examples") / "benchmarks" / script)
+    run = subprocess.run(
+        [sys.executable, path, *options],
+        capture_output=True, text=True, cwd=ROOT, timeout=300, check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+@needs_pair
+def test_figures_of_safety_are_printed() -> None:
+    said = small("safety.py", "--requests", "4", "--passages", "8", "--word", "3000")
+    assert "4 of 4 requests at once" in said
+    assert "as before after 21; 0 KV caches" in said
+    assert "a word of 3,000 characters" in said
+    assert "0 passages with wrong spans" in said
+    assert "8 hostile passages: 0 control tokens, 0 crashes, 0 passages" in said
+
+
+@needs_pair
+def test_figures_of_the_event_loop_are_printed() -> None:
+    said = small("event_loop.py", "--repeats", "1", "--tokens", "300", "--new-tokens", "2")
+    rows = [line.split("|")[1:3] for line in said.splitlines() if line.startswith(("| L", "| n"))]
+    assert len(rows) >= 18
+    assert all(float(seconds) > 0 for _, seconds in rows)
