@@ -34,6 +34,7 @@ from draftsieve.core.evaluation.baselines import (
 from draftsieve.core.evaluation.intervals import paired_difference, wilson
 from draftsieve.core.evaluation.squad import Item, build_items, read_article, sample_questions
 from draftsieve.core.evaluation.survival import Method, Outcome, compression, measure
+from draftsieve.integrations.cli import main as cli
 from draftsieve.integrations.html_view import render_html
 from draftsieve.integrations.render import highlighted
 from draftsieve.retrievers.bm25 import Bm25Index
@@ -76,6 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     assert compressor is not None  # there is a draft
     asked = ask_handbook(engine, compressor, options.questions, quiet=options.quiet)
     show_asked(asked)
+    show_eviction(asked[0].question, options)
     options.html.parent.mkdir(parents=True, exist_ok=True)
     first = asked[0]
     page = render_html(first.question, first.kept, first.kept.context, first.passages)
@@ -89,6 +91,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     out.print(f"Wall time {time.perf_counter() - began:.0f} s, peak memory {peak:.0f} MiB")
     return 0
+
+
+def show_eviction(question: str, options: argparse.Namespace) -> None:
+    """The command line with SpecKV and SpecKV-PC."""
+    for method in ("speckv", "speckv-pc"):
+        line = ["ask", question, "--docs", str(DATA / "handbook"), "--method", method]
+        line += ["--ratio", "0.3", "--max-new-tokens", "48"]
+        out.rule(f"draftsieve ask ... --method {method} --ratio 0.3")
+        models = ["--target", options.target, "--draft", options.draft]
+        if cli([*line, *models, "--no-progress"]):
+            raise SystemExit("draftsieve ask failed")
 
 
 # ---------------------------------------------------------------- part 1: the handbook

@@ -2,8 +2,8 @@
 
 The agent reads three files of a handbook that are longer than its budget. Its decisions are a
 script, because the bundled target only answers questions; what each middleware sends to the model
-is real, and so is the last answer. For real work change two lines: `chat = init_chat_model(...)`,
-and `model="Qwen/Qwen3-0.6B"` in the middleware.
+is real, and so is the last answer. For models of the hub change two lines: DRAFT, and
+`create_agent(ChatDraftSieve(model="Qwen/Qwen3-4B"), ...)` (or any other chat model) for the script.
 """
 
 from pathlib import Path
@@ -24,6 +24,7 @@ HANDBOOK = Path(__file__).parent / "data" / "handbook"
 FILES = sorted(path.name for path in HANDBOOK.glob("person-*.md"))[3:6]
 QUESTION = "What is marked on the pass of Haizek Pimemont?"
 ANSWER = "WV-023-CN"
+DRAFT = "builtin:draft"  # from the hub: "Qwen/Qwen3-0.6B"
 BUDGET = 1200  # tokens of a request
 target = ChatDraftSieve(model="builtin:target", max_tokens=24, progress=False)
 
@@ -74,7 +75,7 @@ if __name__ == "__main__":
     show(
         "DraftCompressionMiddleware",
         DraftCompressionMiddleware(
-            model="builtin:draft",
+            model=DRAFT,
             method=SpecPC.preset("2026-11", capacity=BUDGET),
             recall=True,
             progress=False,

@@ -1,4 +1,7 @@
-"""LangChain, offline: BM25 finds documents, a draft model sieves them, a target model answers."""
+"""LangChain, offline: BM25 finds documents, a draft model sieves them, a target model answers.
+
+For models of the hub change TARGET and DRAFT.
+"""
 
 from typing import Any
 
@@ -9,6 +12,8 @@ from draftsieve import SpecPC
 from draftsieve.integrations.langchain import ChatDraftSieve, DraftCompressor
 from draftsieve.retrievers import Bm25Index
 
+TARGET = "builtin:target"  # from the hub: "Qwen/Qwen3-4B"
+DRAFT = "builtin:draft"  # from the hub: "Qwen/Qwen3-0.6B"
 TEXTS = [
     "Badge AK-731 was issued to Mira Tolen. She plays chess on Sundays. Her room is 214.",
     "Calls for Jonas Perrick go to 555-0173. The pass made out to him is marked D-4410.",
@@ -17,8 +22,8 @@ TEXTS = [
 QUESTION = "Which badge was issued to Mira Tolen?"
 
 index = Bm25Index.from_texts(TEXTS)
-compressor = DraftCompressor(model="builtin:draft", method=SpecPC(ratio=0.5, unit="sentence"))
-chat = ChatDraftSieve(model="builtin:target", max_tokens=24)
+compressor = DraftCompressor(model=DRAFT, method=SpecPC(ratio=0.5, unit="sentence"))
+chat = ChatDraftSieve(model=TARGET, max_tokens=24)
 
 
 def sieve(question: str) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 A memory with room for 70 tokens is told more than that. What an LLM would be sent of it depends
 on the latest question: the turns stay, their texts shrink to what matters. The block works with
-every LLM and agent of LlamaIndex. For a draft of the hub change DRAFT; for more room change LIMIT.
+every LLM and agent of LlamaIndex. For a model of the hub change DRAFT (no target is needed), and
+LIMIT for more room.
 """
 
 import asyncio

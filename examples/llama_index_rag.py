@@ -1,4 +1,7 @@
-"""LlamaIndex, offline: nodes found by BM25 are sieved by a draft model before a target answers."""
+"""LlamaIndex, offline: nodes found by BM25 are sieved by a draft model before a target answers.
+
+For models of the hub change TARGET and DRAFT.
+"""
 
 from llama_index.core.schema import NodeWithScore, TextNode
 
@@ -6,6 +9,8 @@ from draftsieve import Engine, SpecPC
 from draftsieve.integrations.llama_index import DraftSievePostprocessor
 from draftsieve.retrievers import Bm25Index
 
+TARGET = "builtin:target"  # from the hub: "Qwen/Qwen3-4B"
+DRAFT = "builtin:draft"  # from the hub: "Qwen/Qwen3-0.6B"
 TEXTS = [
     "Badge AK-731 was issued to Mira Tolen. She plays chess on Sundays. Her room is 214.",
     "Calls for Jonas Perrick go to 555-0173. The pass made out to him is marked D-4410.",
@@ -13,8 +18,8 @@ TEXTS = [
 ]
 QUESTION = "Which badge was issued to Mira Tolen?"
 
-engine = Engine.load("builtin:target")
-sieve = DraftSievePostprocessor(model="builtin:draft", method=SpecPC(ratio=0.5, unit="sentence"))
+engine = Engine.load(TARGET)
+sieve = DraftSievePostprocessor(model=DRAFT, method=SpecPC(ratio=0.5, unit="sentence"))
 nodes = [
     NodeWithScore(node=TextNode(text=passage.text, id_=passage.id), score=score)
     for passage, score in Bm25Index.from_texts(TEXTS).search(QUESTION, k=3)

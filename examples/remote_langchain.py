@@ -1,7 +1,7 @@
 """LangChain with a remote target: the draft sieves here, an OpenAI-compatible server answers.
 
-Any server will do (vLLM, SGLang, a hosted one): set OPENAI_BASE_URL, MODEL and OPENAI_API_KEY. For
-real work change one line: `DraftCompressor(model="Qwen/Qwen3-0.6B", ...)`.
+Any server will do (vLLM, SGLang, a hosted one): set OPENAI_BASE_URL and OPENAI_API_KEY. For models
+of the hub change TARGET (or set MODEL) to the name of the served model, and DRAFT.
 """
 
 import os
@@ -13,6 +13,8 @@ from langchain_openai import ChatOpenAI
 from draftsieve import SpecPC
 from draftsieve.integrations.langchain import DraftCompressor
 
+TARGET = os.environ.get("MODEL", "target")  # served from the hub: "Qwen/Qwen3-4B"
+DRAFT = "builtin:draft"  # from the hub: "Qwen/Qwen3-0.6B"
 DOCUMENTS = [
     Document("Badge AK-731 was issued to Mira Tolen. She plays chess on Sundays. Her room is 214."),
     Document("Calls for Jonas Perrick go to 555-0173. The pass made out to him is marked D-4410."),
@@ -20,11 +22,11 @@ DOCUMENTS = [
 ]
 QUESTION = "Which badge was issued to Mira Tolen?"
 
-compressor = DraftCompressor(model="builtin:draft", method=SpecPC(ratio=0.5, unit="sentence"))
+compressor = DraftCompressor(model=DRAFT, method=SpecPC(ratio=0.5, unit="sentence"))
 chat = ChatOpenAI(
     base_url=os.environ.get("OPENAI_BASE_URL", "http://127.0.0.1:8000/v1"),
     api_key=os.environ.get("OPENAI_API_KEY", "none"),
-    model=os.environ.get("MODEL", "target"),
+    model=TARGET,
     temperature=0,
     max_tokens=24,
 )

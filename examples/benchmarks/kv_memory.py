@@ -2,7 +2,8 @@
 
 Runs full and evicted caches in one go, repeats interleaved, on a random model of a chosen shape
 (the default has 8 layers, 16 heads, 8 KV heads, about 110M parameters). Bytes are exact tensor
-sizes; tensors other than keys and values are not counted. Prints a Markdown table.
+sizes; tensors other than keys and values are not counted, but on CUDA a column has what the
+allocator saw of everything besides the weights in prefill. Prints a Markdown table.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrained
 
 from draftsieve import Generation, SpecKV
 from draftsieve.core.cache import EvictedLayer, cache_bytes
-from draftsieve.core.decode import Start, next_tokens, pad_left
+from draftsieve.core.decode import Start, next_tokens
+from draftsieve.core.reading import pad_left
 from draftsieve.core.speckv import evict
 
 
@@ -29,8 +31,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     model = build(options)
     size = model.num_parameters() / 1e6
     print(f"{size:.0f}M random parameters, {torch.get_num_threads()} threads")
-    print("| N | C | batch | KV after | KV peak in prefill | decode ms/token | full | ratio |")
-    print("|---|---|---|---|---|---|---|---|")
+    cuda = "| allocated peak in prefill " if options.device.startswith("cuda") else ""
+    print(
+        f"| N | C | batch | KV after | KV peak in prefill {cuda}| decode ms/token | full | ratio |"
+    )
+    print("|---" * (9 if cuda else 8) + "|")
     for length in options.lengths:
         for share in options.shares:
             for batch in options.batches:
@@ -65,8 +70,10 @@ def row(
     times: dict[str, list[float]] = {"full": [], "evicted": []}
     sizes: dict[str, int] = {}
     peaks: dict[str, int] = {}
+    allocated: dict[str, int] = {}
     for _ in range(options.repeats):
         for name in times:
+            before = _reset_peak(options.device)
             if name == "full":
                 start = read(model, prompts)
                 peaks[name] = cache_bytes(start.cache)
@@ -74,16 +81,29 @@ def row(
                 with recorded_peak() as peak:
                     start = evict(model, prompts, guesses, SpecKV(), [capacity] * batch).start
                 peaks[name] = peak.most
+            if before is not None:
+                allocated[name] = torch.cuda.max_memory_allocated() - before
             sizes[name] = cache_bytes(start.cache)
             times[name].append(decode(model, prompts, start, options.new_tokens))
+            del start  # not to be counted with the next one
     full, evicted = median(times["full"]), median(times["evicted"])
     spread = (max(times["evicted"]) - min(times["evicted"])) / evicted
+    device = f"| {_mb(allocated['evicted'])} of {_mb(allocated['full'])} " if allocated else ""
     return (
         f"| {length} | {capacity} | {batch} | {_mb(sizes['evicted'])} of {_mb(sizes['full'])} "
-        f"| {_mb(peaks['evicted'])} of {_mb(peaks['full'])} "
+        f"| {_mb(peaks['evicted'])} of {_mb(peaks['full'])} {device}"
         f"| {1000 * evicted:.1f} ± {50 * spread:.0f} % | {1000 * full:.1f} "
         f"| {full / evicted:.2f} |"
     )
+
+
+def _reset_peak(device: str) -> int | None:
+    """Bytes allocated now, from which on the allocator's peak counts; None but on CUDA."""
+    if not device.startswith("cuda"):
+        return None
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    return torch.cuda.memory_allocated()
 
 
 @dataclass

@@ -4,8 +4,9 @@ Whole requests go through `Engine.answer_many`: the draft's guess and the target
 requests a second, and every batch decodes the same number of tokens with both caches. "Decode" is
 the time of one step, which gives each row of the batch a token. Runs with full and evicted caches
 alternate, so that a busy moment of the machine hits both; cells are medians with the fastest and
-slowest run. The bundled pair is small and its prompts short; random weights have the shape of a
-usual pair (about 5M and 100M parameters by default), and prompts of any length are allowed there.
+slowest run; a single request goes before each row's runs, unmeasured. The bundled pair is small and
+its prompts short; random weights have the shape of a usual pair: "random" (about 5M and 100M
+parameters in float32 by default) and "large" (about 320M in bfloat16), with prompts of any length.
 Prints a Markdown table.
 """
 
@@ -54,10 +55,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     assert bundled.draft is not None
     for model in (bundled.target, bundled.draft):  # both caches decode as many tokens
         model.generation_config.eos_token_id = None
-    pairs = {
-        "bundled": (bundled, options.lengths),
-        "random": (random_pair(bundled.tokenizer, options), options.random_lengths),
-    }
     print(f"{options.device}, {torch.get_num_threads()} threads, {options.new_tokens} new tokens,")
     print(f"scorer {options.scorer}, {options.lookahead} tokens of lookahead, keeping 1 of every")
     print(f"{options.share} passage tokens, {options.repeats} alternating repeats.\n")
@@ -66,7 +63,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         " requests/s: full | evicted | gain |"
     )
     print("|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|")
-    for name, (engine, lengths) in pairs.items():
+    for name in options.pairs:
+        engine, lengths = bundled, options.lengths
+        if name == "random":
+            engine, lengths = random_pair(bundled.tokenizer, options), options.random_lengths
+        elif name == "large":
+            shape = argparse.Namespace(**vars(options))
+            shape.hidden, shape.layers = options.large_hidden, options.large_layers
+            engine = random_pair(bundled.tokenizer, shape, torch.bfloat16)
+            lengths = options.large_lengths
         label = f"{name} {engine.target.num_parameters() / 1e6:.0f}M"
         for length in lengths:
             for batch in options.batches:
@@ -74,10 +79,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def random_pair(tokenizer: PreTrainedTokenizerBase, options: argparse.Namespace) -> Engine:
+def random_pair(
+    tokenizer: PreTrainedTokenizerBase,
+    options: argparse.Namespace,
+    dtype: torch.dtype | None = None,
+) -> Engine:
     """A draft and a target that never end an answer; what they say means nothing."""
     torch.manual_seed(0)
-    kind = torch.float32 if options.device == "cpu" else torch.bfloat16
+    kind = dtype or (torch.float32 if options.device == "cpu" else torch.bfloat16)
     draft, target = (
         LlamaForCausalLM(
             LlamaConfig(
@@ -117,11 +126,11 @@ def row(
     )
     full: list[Run] = []
     evicted: list[Run] = []
-    for repeat in range(options.repeats + 1):
+    for chosen in (None, method):  # warms up
+        timed(engine, questions[:1], contexts[:1], chosen, options)
+    for _ in range(options.repeats):
         for runs, chosen in ((full, None), (evicted, method)):
-            run = timed(engine, questions, contexts, chosen, options)
-            if repeat:  # the first round warms up
-                runs.append(run)
+            runs.append(timed(engine, questions, contexts, chosen, options))
     usage = evicted[0].answers[0].usage
     entries = usage.cache_entries or usage.prompt_tokens
     kept = evicted[0].answers[0].cache_bytes or 0
@@ -182,8 +191,11 @@ def _gain(larger: Sequence[float], smaller: Sequence[float]) -> str:
 
 def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    known = ["bundled", "random", "large"]
+    parser.add_argument("--pairs", nargs="+", choices=known, default=known[:2])
     parser.add_argument("--lengths", type=int, nargs="+", default=[1500], help="bundled pair")
     parser.add_argument("--random-lengths", type=int, nargs="+", default=[2048])
+    parser.add_argument("--large-lengths", type=int, nargs="+", default=[1024])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--share", type=int, default=8, help="keep 1 of so many passage tokens")
     parser.add_argument("--scorer", default="speckv", help="snapkv and others need no draft")
@@ -192,6 +204,8 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--hidden", type=int, default=768)
     parser.add_argument("--layers", type=int, default=14)
+    parser.add_argument("--large-hidden", type=int, default=1024)
+    parser.add_argument("--large-layers", type=int, default=24)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--quick", action="store_true", help="a smoke test: small and once")
     options = parser.parse_args(argv)
@@ -200,6 +214,7 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
         options.lengths, options.random_lengths, options.batches = [300], [300], [1, 2]
         options.new_tokens, options.lookahead, options.repeats = 4, 2, 1
         options.hidden, options.layers = 256, 2
+        options.large_lengths, options.large_hidden, options.large_layers = [300], 256, 2
     return options
 
 

@@ -56,10 +56,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     assert bundled.draft is not None
     for model in (bundled.target, bundled.draft):  # every way decodes as many tokens
         model.generation_config.eos_token_id = None
-    pairs = {
-        "bundled": (bundled, options.length),
-        "random": (random_pair(bundled.tokenizer, options), options.random_length),
-    }
     counts = options.counts
     print(f"{options.device}, {torch.get_num_threads()} threads, {options.new_tokens} new tokens,")
     print(f"{options.lookahead} tokens of lookahead, SpecKV keeps 1 of every {options.share}")
@@ -70,7 +66,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         + " | same |"
     )
     print("|---|---:|---|---:|---:|---:|" + "---:|" * (len(counts) + 1))
-    for name, (engine, length) in pairs.items():
+    for name in options.models:
+        engine, length = bundled, options.length
+        if name == "random":
+            engine, length = random_pair(bundled.tokenizer, options), options.random_length
         label = f"{name} {engine.target.num_parameters() / 1e6:.0f}M"
         for line in table(label, engine, article, length, options):
             print(line, flush=True)
@@ -164,15 +163,17 @@ def _spread(values: Sequence[float]) -> str:
 
 def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    known = ["bundled", "random"]
+    parser.add_argument("--models", nargs="+", choices=known, default=known)
     parser.add_argument("--length", type=int, default=1800, help="bundled pair")
-    parser.add_argument("--random-length", type=int, default=2048)
+    parser.add_argument("--random-length", type=int, default=1024)
     parser.add_argument("--counts", type=int, nargs="+", default=[1, 2, 5, 10])
     parser.add_argument("--share", type=int, default=8, help="keep 1 of so many passage tokens")
     parser.add_argument("--lookahead", type=int, default=16)
     parser.add_argument("--new-tokens", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--hidden", type=int, default=768)
-    parser.add_argument("--layers", type=int, default=14)
+    parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--quick", action="store_true", help="a smoke test: small and once")
     options = parser.parse_args(argv)

@@ -1,74 +1,129 @@
 """kvpress 0.5 (transformers 5.2) on prompts from a file; `run.py` calls it in its environment.
 
-The whole chat prompt but its last token is compressed, so that the question is seen; the last token
-is fed to begin the answer. The ratio is chosen so that as many entries stay per head, on average,
-as draftsieve's methods keep.
+SnapKV and AdaKV look at the question: they compress the whole chat prompt but its last token, which
+is fed to begin the answer. Expected Attention and KVzip do not: as in kvpress's pipeline they
+compress what stands before the question, and the rest of the prompt is fed whole. Its entries are
+charged to the budget, so that all presses, and draftsieve's methods, begin with equally many.
 """
 
 from __future__ import annotations
 
-import json
+import logging
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from common import (
+    REFUSALS,
+    append_row,
+    finished,
+    read_rows,
+    removed_share,
+    removed_share_overall,
+)
 from kvpress import AdaKVPress, ExpectedAttentionPress, KVzipPress, SnapKVPress
+from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
-PRESSES = {
-    "kvpress-snapkv": lambda ratio: SnapKVPress(compression_ratio=ratio, window_size=32),
-    "kvpress-adakv": lambda ratio: AdaKVPress(SnapKVPress(compression_ratio=ratio, window_size=32)),
-    "kvpress-expected-attention": lambda ratio: ExpectedAttentionPress(compression_ratio=ratio),
-    "kvpress-kvzip": lambda ratio: KVzipPress(compression_ratio=ratio),
+WINDOW = 32  # draftsieve's; kvpress's default of 64 is longer than most questions
+WHOLE = "kvpress-none"
+ASKED: dict[str, Callable[[float], Any]] = {
+    "kvpress-snapkv": lambda share: SnapKVPress(share, window_size=WINDOW),
+    "kvpress-adakv": lambda share: AdaKVPress(SnapKVPress(share, window_size=WINDOW)),
+}
+UNASKED: dict[str, Callable[[float], Any]] = {
+    "kvpress-expected-attention": ExpectedAttentionPress,
+    "kvpress-kvzip": KVzipPress,
 }
 
 
 def main() -> None:
     """Arguments: prompts file, model, answers file."""
     prompts, name, out = sys.argv[1:4]
+    logging.getLogger("kvpress").setLevel(logging.ERROR)  # KVzip warns once a prompt
     tokenizer = AutoTokenizer.from_pretrained(name)
     model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).eval()
-    ends = model.generation_config.eos_token_id
-    ends = set(ends if isinstance(ends, list) else [ends])
-    with Path(out).open("w", encoding="utf-8") as file:
-        for line in Path(prompts).read_text(encoding="utf-8").splitlines():
-            row = json.loads(line)
-            ids = torch.tensor([row["ids"]])
-            for wanted in row["budgets"]:
-                ratio = max(0.0, 1 - wanted["entries"] / (ids.shape[1] - 1))
-                for method, make in PRESSES.items():
-                    began = time.perf_counter()
-                    said = answer(model, make(ratio), ids, row["max_new_tokens"], ends)
-                    result = {
-                        "id": row["id"],
-                        "method": method,
-                        "budget": wanted["budget"],
-                        "entries": wanted["entries"],
-                        "text": tokenizer.decode(said, skip_special_tokens=True),
-                        "seconds": round(time.perf_counter() - began, 4),
-                    }
-                    file.write(json.dumps(result) + "\n")
-                    file.flush()
+    done = finished(read_rows(Path(out)))
+    for row in tqdm(read_rows(Path(prompts)), "kvpress"):
+        cells = [(WHOLE, 1.0, len(row["ids"]))]
+        for wanted in row["budgets"]:
+            cells += [(m, wanted["budget"], wanted["entries"]) for m in (*ASKED, *UNASKED)]
+        for method, budget, entries in cells:
+            if (row["id"], method, budget) not in done:
+                said = run(model, tokenizer, row, method, entries)
+                append_row(Path(out), {"id": row["id"], "method": method, "budget": budget, **said})
+
+
+def run(
+    model: Any, tokenizer: Any, row: dict[str, Any], method: str, entries: int
+) -> dict[str, Any]:
+    """One answer, with the entries a head that were really kept, on average."""
+    began = time.perf_counter()
+    ids = torch.tensor([row["ids"]])  # (1, tokens)
+    try:
+        said, kept = answer(
+            model, method, ids, row["question_start"], entries, row["max_new_tokens"]
+        )
+    except REFUSALS as error:
+        return {"error": f"{type(error).__name__}: {error}"}
+    text = tokenizer.decode(said, skip_special_tokens=True)
+    return {"text": text, "entries": kept, "seconds": round(time.perf_counter() - began, 4)}
 
 
 @torch.no_grad()
-def answer(model: Any, press: Any, ids: torch.Tensor, most: int, ends: set[int]) -> list[int]:
-    """Greedy answer from a compressed cache, at original positions."""
-    cache = DynamicCache()
-    with press(model):
-        model.model(input_ids=ids[:, :-1], past_key_values=cache)
-    feed, said = ids[:, -1:], []
-    for step in range(most):
-        position = torch.tensor([[ids.shape[1] - 1 + step]])
+def answer(
+    model: Any, method: str, ids: torch.Tensor, question: int, entries: int, most: int
+) -> tuple[list[int], float]:
+    """Greedy answer from a compressed cache, at original positions.
+
+    Returns:
+        The answer's ids, and the entries a head held when the last prompt token was fed.
+    """
+    tokens, cache = ids.shape[1], DynamicCache()
+    read = question if method in UNASKED else tokens - 1
+    kept = entries - (tokens - 1 - read)
+    if kept < 1:
+        raise ValueError(
+            f"{entries} entries cannot hold the {tokens - 1 - read} after the passages"
+        )
+    if method == WHOLE:
+        model.model(input_ids=ids[:, :read], past_key_values=cache)
+    else:
+        with press(model, method, kept, read)(model):
+            model.model(input_ids=ids[:, :read], past_key_values=cache)
+    held = held_entries(model, cache) + tokens - 1 - read
+    feed, position, said = ids[:, read:], torch.arange(read, tokens).unsqueeze(0), []
+    ends = model.generation_config.eos_token_id
+    ends = ends if isinstance(ends, list) else [ends]
+    for _ in range(most):
         out = model(input_ids=feed, past_key_values=cache, position_ids=position)
-        token = int(out.logits[0, -1].argmax())
-        said.append(token)
-        if token in ends:
+        feed = out.logits[:, -1:].argmax(-1)  # (1, 1)
+        position = position[:, -1:] + 1
+        said.append(int(feed))
+        if said[-1] in ends:
             break
-        feed = torch.tensor([[token]])
-    return said
+    return said, held
+
+
+def press(model: Any, method: str, kept: int, read: int) -> Any:
+    """A press that keeps a number of the entries read, on average over heads."""
+    if method == "kvpress-kvzip":  # it shares out over all heads of all layers
+        heads = model.config.num_hidden_layers * model.config.num_key_value_heads
+        return UNASKED[method](removed_share_overall(kept, read, heads))
+    return {**ASKED, **UNASKED}[method](removed_share(kept, read))
+
+
+def held_entries(model: Any, cache: Any) -> float:
+    """Entries a head, on average: those stored, less those that kvpress masks."""
+    found = []
+    for layer, stored in zip(model.model.layers, cache.layers, strict=True):
+        masked = getattr(layer.self_attn, "masked_key_indices", None)
+        heads, columns = stored.keys.shape[1:3]
+        found.append(columns - (0 if masked is None else len(masked[0])) / heads)
+    return sum(found) / len(found)
 
 
 if __name__ == "__main__":

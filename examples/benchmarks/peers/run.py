@@ -1,12 +1,13 @@
 """Peers on the items of a finished `draftsieve eval` run, each in its own environment.
 
-    draftsieve eval --methods none speckv snapkv perplexity --budget 0.125 --out results/
+    draftsieve eval --methods none speckv snapkv specpc --budget 0.125 --out results/
     python examples/benchmarks/peers/run.py --results results/ --budget 0.125
 
 A peer is a script beside this one that knows nothing of draftsieve: it reads prompts from a file
 and writes answers (kvpress) or shortened passages (LLMLingua) to another. Its environment is made
-in `--environments`; a peer that cannot be installed or started is skipped with a message. The
-records go to `peers.jsonl` in the results folder, and a table of all of them is printed.
+in `--environments`; a peer that cannot be installed or started is skipped with a message. Records
+go to `peers.jsonl` in the results folder, a report of all of them to `peers.md`. Started again, a
+peer goes on where it stopped. README.md has the commands of the full comparison.
 """
 
 from __future__ import annotations
@@ -14,178 +15,203 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import os
-import subprocess
 import sys
 import time
-import venv
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from common import read_rows
+from environments import PEERS, Peer, PeerUnavailableError, run_peer
+from report import asked_and_got, report, same_answers
 from tqdm import tqdm
 
-from draftsieve.core.evaluation.metrics import score_answer
-from draftsieve.core.evaluation.records import ITEMS, RESULTS, Record, read_records, write_lines
-from draftsieve.core.evaluation.shared import Bench
-from draftsieve.core.evaluation.summary import markdown
+from draftsieve import SpecKV
+from draftsieve.core.errors import ConfigError
+from draftsieve.core.evaluation.metrics import score_answer, survival
+from draftsieve.core.evaluation.records import (
+    DESCRIPTION,
+    ITEMS,
+    RESULTS,
+    Record,
+    read_records,
+    write_lines,
+)
+from draftsieve.core.evaluation.shared import Bench, Case
+from draftsieve.core.evaluation.surprise import token_surprise
 from draftsieve.core.evaluation.tasks import EvalItem
 from draftsieve.core.models import load_model, resolve
+from draftsieve.core.speckv import token_capacity
 
-HERE = Path(__file__).resolve().parent
-PEERS_FILE = "peers.jsonl"
+RECORDS, REPORT = "peers.jsonl", "peers.md"
 logger = logging.getLogger("peers")
-
-
-@dataclass(frozen=True, slots=True)
-class Peer:
-    """A script, what its environment needs, and which of our models it loads."""
-
-    name: str
-    requirements: tuple[str, ...]
-    model: str  # "target" or "draft"
-
-
-PEERS = (
-    Peer("kvpress", ("kvpress==0.5.*", "transformers==5.2.*", "accelerate"), "target"),
-    Peer("llmlingua", ("llmlingua==0.2.2", "transformers==4.46.*", "accelerate"), "draft"),
-)
+Row = dict[str, Any]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the peers and print the table."""
+    """Run the peers, and print the report."""
     options = _options(argv)
     logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
-    described = json.loads((options.results / "run.json").read_text(encoding="utf-8"))
-    lines = (options.results / ITEMS).read_text(encoding="utf-8").splitlines()
-    items = [EvalItem.from_json(json.loads(line)) for line in lines][: options.items]
-    bench = Bench(
-        load_model(described["target"]),
-        load_model(described["draft"]),
-        max_new_tokens=described["max_new_tokens"],
-    )
-    ours = read_records(options.results / RESULTS)
-    folder = options.results / "peers"
+    results, folder = options.results, options.results / "peers"
+    described = json.loads((results / DESCRIPTION).read_text(encoding="utf-8"))
+    bench = _bench(described)
+    rows = read_rows(results / ITEMS)[: options.items]
+    items = {row["id"]: EvalItem.from_json(row) for row in rows}
+    ours = [record for record in read_records(results / RESULTS) if record.item in items]
+
     folder.mkdir(exist_ok=True)
     prompts = folder / "prompts.jsonl"
-    write_lines(prompts, tqdm(prompt_rows(bench, items, options.budget), total=len(items)))
-    found: list[Record] = []
+    write_lines(prompts, (prompt_row(bench, item, options.budget) for item in items.values()))
     for peer in PEERS:
-        if peer.name not in options.only:
-            continue
-        answers = folder / f"{peer.name}.jsonl"
-        if run_peer(peer, options.environments, prompts, answers, described):
-            draft_right = {record.item: record.draft_correct for record in ours}
-            found += records(bench, items, answers, draft_right)
-    write_lines(options.results / PEERS_FILE, (asdict(record) for record in found))
-    known = {item.id for item in items}
-    shown = [record for record in ours if record.item in known] + found
-    print(markdown(shown, reference=options.reference, title="With peers"))
+        if peer.name in options.only:
+            run_or_skip(peer, options.environments, prompts, resolve(described[peer.model]), folder)
+
+    answers = [row for peer in PEERS for row in read_rows(folder / f"{peer.name}.jsonl")]
+    answers = [r for r in answers if r["id"] in items and r["budget"] in (1.0, *options.budget)]
+    draft_right = {record.item: record.draft_correct for record in ours}
+    found = [
+        record(bench, items[row["id"]], row, draft_right.get(row["id"]))
+        for row in tqdm(answers, "scoring")
+    ]
+    write_lines(results / RECORDS, (asdict(one) for one in found))
+    checks = [
+        *same_answers(ours, found),
+        *same_draft(bench, items, answers),
+        *asked_and_got(answers),
+    ]
+    text = report(ours, found, checks, options.reference, options.survival_reference)
+    (results / REPORT).write_text(text, encoding="utf-8")
+    print(text, end="")
     return 0
 
 
-def prompt_rows(
-    bench: Bench, items: Sequence[EvalItem], budgets: Sequence[float]
-) -> Iterator[dict[str, Any]]:
-    """What a peer is told of an item; budgets in entries of the cache and in passage tokens."""
-    for item in items:
-        case = bench.open(item)
-        ids = bench.encoder.encode(case.prompt).ids.tolist()
-        fixed = len(case.tokens) - case.passage_tokens
-        yield {
-            "id": item.id,
-            "ids": ids,
-            "system": item.system,
-            "question": item.question,
-            "passages": list(item.passages),
-            "max_new_tokens": bench.generation.max_new_tokens,
-            "budgets": [
-                {
-                    "budget": budget,
-                    "entries": fixed + case.budget(budget),
-                    "passage_tokens": case.budget(budget),
-                }
-                for budget in budgets
-            ],
-        }
-
-
-def run_peer(
-    peer: Peer, environments: Path, prompts: Path, answers: Path, described: dict[str, Any]
-) -> bool:
-    """Install a peer where it is not yet, and run its script; False where that fails."""
-    python = environments / peer.name / ("Scripts" if os.name == "nt" else "bin") / "python"
+def run_or_skip(peer: Peer, environments: Path, prompts: Path, model: str, folder: Path) -> None:
+    """Let a peer write what it has not written yet; a message where it is not available."""
     began = time.perf_counter()
     try:
-        if not python.exists():
-            venv.create(environments / peer.name, with_pip=True)
-        install = [str(python), "-m", "pip", "install", "--quiet", "torch", *peer.requirements]
-        subprocess.run(install, check=True)
-        script = HERE / f"{peer.name}_peer.py"
-        model = resolve(described[peer.model])
-        command = [str(python), str(script), str(prompts), model, str(answers)]
-        subprocess.run(command, check=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
-    except (subprocess.CalledProcessError, OSError) as error:
+        run_peer(peer, environments, prompts, model, folder / f"{peer.name}.jsonl")
+    except PeerUnavailableError as error:
         logger.warning("%s is skipped: %s", peer.name, error)
-        return False
+        return
     logger.info("%s: %.0f s", peer.name, time.perf_counter() - began)
-    return True
 
 
-def records(
-    bench: Bench,
-    items: Sequence[EvalItem],
-    answers: Path,
-    draft_right: dict[str, bool | None],
-) -> Iterator[Record]:
-    """Score a peer's answers; shortened passages are first answered by our target."""
-    by_id = {item.id: item for item in items}
-    rows = [json.loads(line) for line in answers.read_text(encoding="utf-8").splitlines()]
-    for row in tqdm(rows, answers.stem):
-        item = by_id[row["id"]]
-        case = bench.open(item)
-        text, tokens, seconds = row.get("text"), len(case.tokens), row["seconds"]
-        entries, draft_seconds, readable = row.get("entries", 0), 0.0, None
-        if text is None:
-            answer = case.answer(case.prompt.with_texts(row["texts"]), None, shared=False)
-            text, tokens = answer.text, answer.usage.prompt_tokens
-            entries, draft_seconds = tokens, seconds
-            seconds = answer.timings["prefill"] + answer.timings.get("decode", 0.0)
-            readable = _readable(item, row["texts"])
-        score = score_answer(item, text)
-        yield Record(
-            item=item.id,
-            task=item.task,
-            length=item.length,
-            question_first=item.question_first,
-            depth=item.depth,
-            method=row["method"],
-            budget=row["budget"],
-            answer=text,
-            correct=score.correct,
-            recall=score.recall,
-            f1=score.f1,
-            survived=readable,
-            sentences_survived=None,
-            full_tokens=len(case.tokens),
-            prompt_tokens=tokens,
-            cache_tokens=entries,
-            draft_seconds=draft_seconds,
-            target_seconds=seconds,
-            draft_correct=draft_right.get(item.id),
+def prompt_row(bench: Bench, item: EvalItem, budgets: Sequence[float]) -> Row:
+    """What a peer is told of an item.
+
+    `entries` is what SpecKV keeps of the tokens before the last one, `passage_tokens` what methods
+    on prompts may keep of the passages; `question_start` is the first token behind the passages.
+    """
+    case = bench.open(item)
+    tokens = bench.encoder.encode(case.prompt)
+    fixed = int(tokens.protected.sum())
+    behind = int((~tokens.protected).nonzero().max()) + 1
+    return {
+        "id": item.id,
+        "ids": tokens.ids.tolist(),
+        "question_start": behind,
+        "question": item.question,
+        "passages": list(item.passages),
+        "max_new_tokens": bench.generation.max_new_tokens,
+        "budgets": [
+            {
+                "budget": budget,
+                "entries": token_capacity(SpecKV(ratio=budget), len(tokens), fixed),
+                "passage_tokens": case.budget(budget),
+            }
+            for budget in budgets
+        ],
+    }
+
+
+def record(bench: Bench, item: EvalItem, row: Row, draft_right: bool | None) -> Record:
+    """Score what a peer did; shortened passages are first answered by our target."""
+    case = bench.open(item)
+    done: Mapping[str, Any]
+    if "error" in row:
+        done = _done("", 0, 0, 0.0, 0.0)
+    elif "text" in row:
+        whole = len(bench.encoder.encode(case.prompt))
+        done = _done(row["text"], whole, round(row["entries"]), 0.0, row["seconds"])
+    else:
+        done = _answered_by_target(bench, case, row)
+    score = score_answer(item, done["answer"])
+    return Record(
+        item=item.id,
+        task=item.task,
+        length=item.length,
+        question_first=item.question_first,
+        depth=item.depth,
+        method=row["method"],
+        budget=row["budget"],
+        correct=score.correct and "error" not in row,
+        recall=score.recall,
+        f1=score.f1,
+        full_tokens=len(case.tokens),
+        draft_correct=draft_right,
+        error=row.get("error"),
+        **done,
+    )
+
+
+def _answered_by_target(bench: Bench, case: Case, row: Row) -> Mapping[str, Any]:
+    answer = case.answer(case.prompt.with_texts(row["texts"]), None, shared=False)
+    kept = tuple(tuple(map(tuple, spans)) for spans in row["kept"])
+    alive = survival(case.item, kept) or (None, None)
+    seconds = answer.timings.get("prefill", 0.0) + answer.timings.get("decode", 0.0)
+    tokens = answer.usage.prompt_tokens
+    return _done(answer.text, tokens, tokens, row["seconds"], seconds, *alive)
+
+
+def _done(
+    answer: str,
+    prompt: int,
+    cache: int,
+    draft: float,
+    target: float,
+    survived: bool | None = None,
+    sentences: bool | None = None,
+) -> Mapping[str, Any]:
+    return {
+        "answer": answer,
+        "prompt_tokens": prompt,
+        "cache_tokens": cache,
+        "draft_seconds": round(draft, 4),
+        "target_seconds": round(target, 4),
+        "survived": survived,
+        "sentences_survived": sentences,
+    }
+
+
+def same_draft(bench: Bench, items: Mapping[str, EvalItem], answers: Sequence[Row]) -> list[str]:
+    """Whether the draft finds a passage as surprising in LLMLingua's environment as in ours."""
+    probes = [row for row in answers if "surprise" in row]
+    if not probes:
+        return []
+    text = items[probes[0]["id"]].passages[0]
+    ids = bench.draft.tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids[0]
+    own, theirs = float(token_surprise(bench.draft.model, ids)[1:].mean()), probes[0]["surprise"]
+    return [f"Mean surprise of the first passage: {theirs:.4f} in LLMLingua, {own:.4f} in ours."]
+
+
+def _bench(described: Row) -> Bench:
+    """The pair of a run.
+
+    Raises:
+        ConfigError: Its weights have changed since.
+    """
+    bench = Bench(
+        load_model(described["target"], progress=False),
+        load_model(described["draft"], progress=False),
+        max_new_tokens=described["max_new_tokens"],
+    )
+    if bench.weights != described["weights"]:
+        raise ConfigError(
+            "The models have changed since the results were made: run `draftsieve eval` again "
+            "into a new folder."
         )
-
-
-def _readable(item: EvalItem, texts: Sequence[str]) -> bool | None:
-    """Whether the values can be read in their passages: a peer tells no character spans."""
-    if not item.evidence:
-        return None
-    found = [
-        item.passages[e.value.passage][e.value.start : e.value.end] in texts[e.value.passage]
-        for e in item.evidence
-    ]
-    return any(found) if item.need == "any" else all(found)
+    return bench
 
 
 def _options(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -193,9 +219,15 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--results", type=Path, required=True, help="folder of draftsieve eval")
     parser.add_argument("--budget", type=float, nargs="+", default=[0.125])
     parser.add_argument("--items", type=int, help="only the first items")
-    parser.add_argument("--reference", default="none")
-    parser.add_argument("--only", nargs="+", default=[peer.name for peer in PEERS])
-    parser.add_argument("--environments", type=Path, default=Path(".peers"))
+    parser.add_argument("--reference", default="none", help="differences are against this method")
+    parser.add_argument("--survival-reference", default="specpc", help="and those of survival")
+    parser.add_argument(
+        "--only",
+        nargs="*",
+        default=[peer.name for peer in PEERS],
+        help="peers to run; what others wrote before is reported, too",
+    )
+    parser.add_argument("--environments", type=Path, default=Path(".bench/peers"))
     return parser.parse_args(argv)
 
 
