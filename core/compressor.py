@@ -6,50 +6,29 @@ encode -> read with the draft -> rank the units -> fit the budget. Nothing here 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .budget import Budget
-from .clock import Clock
-from .config import Generation, Quantization, SpecPC
-from .context import describe, unchanged
+from .config import Quantization, SpecPC
+from .context import unchanged
 from .deadline import deadline_after, until
 from .draft import guess, read_draft
 from .encoding import PromptEncoder
-from .errors import ModelError, OutOfMemoryError, PromptError, RequestTimeoutError
-from .kept import fit, only_best, rank_units
+from .errors import OutOfMemoryError, PromptError
 from .lookahead import greedy
 from .memory import Memory
 from .models import accept, context_window, explain_out_of_memory, load_model
 from .prompt import DEFAULT_SYSTEM, Prompt
+from .shortening import Compressed, OnError, Shortener, asking_rows
 from .types import CompressedContext, DraftReading, Passage, PromptTokens
-from .windows import Piece, group_texts, plan_groups, spread_scores
 from .worker import Worker
 
 logger = logging.getLogger(__name__)
-OnError = Literal["raise", "original"]
-Compressed = tuple[Prompt, CompressedContext]
-
-
-@dataclass(slots=True)
-class _Reading:
-    """A prompt that the draft has to read before it can be shortened."""
-
-    prompt: Prompt
-    tokens: PromptTokens
-    budget: Budget
-    clock: Clock
-    lookahead: int
-    groups: list[list[Piece]]  # one, unless the prompt exceeds the draft's window
-    parts: list[PromptTokens]  # what is read: the prompt, or one for each group
-    found: DraftReading | Exception | None = None
 
 
 class Compressor:
@@ -215,21 +194,28 @@ class Compressor:
             on_error: As for `compress`.
             max_new_tokens: One for each prompt, see `compress_prompt`.
         """
-        method = method or SpecPC()
-        lengths = max_new_tokens or [None] * len(prompts)
-        opened: list[_Reading | Compressed | Exception] = []
-        for prompt, more in zip(prompts, lengths, strict=True):
-            with _caught(on_error, opened), explain_out_of_memory(draft=self.model):
-                opened.append(self._open(prompt, method, more))
-        self._read([work for work in opened if isinstance(work, _Reading)], method, on_error)
-        found: list[Compressed | Exception] = []
-        for work in opened:
-            with _caught(on_error, found):
-                found.append(self._close(work, method) if isinstance(work, _Reading) else work)
-        return [
-            self._whole(prompt, result) if isinstance(result, Exception) else result
-            for prompt, result in zip(prompts, found, strict=True)
-        ]
+        shorten = Shortener(self.model, self.encoder, self.read)
+        return shorten(prompts, method or SpecPC(), on_error, max_new_tokens)
+
+    def read(
+        self, prompts: Sequence[PromptTokens], method: SpecPC, lookaheads: Sequence[int]
+    ) -> list[DraftReading]:
+        """The draft's reading of prompts as a batch.
+
+        Args:
+            prompts: What `encoder` made of the prompts; each must fit the draft's window.
+            method: Options of SpecPC.
+            lookaheads: Tokens that the draft guesses, one number for each prompt.
+        """
+        with self._bar(len(prompts)) as bar:
+            return read_draft(
+                self.model,
+                [prompt.ids for prompt in prompts],
+                method,
+                lookahead_tokens=lookaheads,
+                windows=[asking_rows(prompt, method.window_size) for prompt in prompts],
+                done=bar.update,
+            )
 
     def guess(self, prompt: Prompt, tokens: int, memory: Memory | None = None) -> torch.Tensor:
         """The draft's greedy answer to a prompt, (guessed,) int64 ids of the draft's tokenizer.
@@ -335,104 +321,8 @@ class Compressor:
         """Tokens of a text under the draft's tokenizer, without special tokens."""
         return self.encoder.count(text)
 
-    def _open(
-        self, prompt: Prompt, method: SpecPC, max_new_tokens: int | None
-    ) -> _Reading | Compressed:
-        """What the draft has to read of a prompt, or the result where it need not."""
-        clock = Clock()
-        with clock("encode"):
-            tokens = self.encoder.encode(prompt)
-            budget = Budget.of(method, tokens)
-        size = int((~tokens.protected).sum())
-        whole = size < method.min_tokens or budget.measure(tokens) <= budget.limit
-        if not size or (whole and method.max_passages is None and method.score_mass is None):
-            return prompt, unchanged(prompt, tokens, seconds=clock.seconds, method=method)
-        fixed = len(self.encoder.encode(prompt.with_texts([""] * len(prompt.passages))))
-        budget.require_room(fixed)
-        lookahead = method.lookahead_tokens or max_new_tokens or Generation().max_new_tokens
-        window = context_window(self.model) or len(tokens) + lookahead
-        texts = [passage.text for passage in prompt.passages]
-        groups = plan_groups(texts, tokens, fixed, window - lookahead)
-        parts = [tokens]
-        if len(groups) > 1:
-            logger.info("The prompt exceeds the draft's window: %d groups are read.", len(groups))
-            short = [prompt.with_texts(group_texts(len(texts), texts, group)) for group in groups]
-            parts = [self.encoder.encode(part) for part in short]
-        return _Reading(prompt, tokens, budget, clock, lookahead, groups, parts)
-
-    def _read(self, works: Sequence[_Reading], method: SpecPC, on_error: OnError) -> None:
-        """Let the draft read prompts as a batch; where that fails, each alone."""
-        if not works:
-            return
-        parts = [part for work in works for part in work.parts]
-        lookaheads = [work.lookahead for work in works for _ in work.parts]
-        clock = Clock()
-        try:
-            with clock("draft"), explain_out_of_memory(_describe(works, method), draft=self.model):
-                readings = iter(self._read_parts(parts, method, lookaheads))
-        except Exception as error:
-            if len(works) > 1 and not isinstance(error, RequestTimeoutError):
-                for work in works:
-                    self._read([work], method, on_error)
-                return
-            if on_error == "raise":
-                raise
-            for work in works:
-                work.found = error
-            return
-        for work in works:
-            work.clock.add(clock.seconds)
-            work.found = _whole_reading(work, [next(readings) for _ in work.parts])
-
-    def _read_parts(
-        self, parts: Sequence[PromptTokens], method: SpecPC, lookaheads: Sequence[int]
-    ) -> list[DraftReading]:
-        """The draft's reading of each prompt, with as many tokens of lookahead."""
-        with self._bar(len(parts)) as bar:
-            return read_draft(
-                self.model,
-                [part.ids for part in parts],
-                method,
-                lookahead_tokens=lookaheads,
-                windows=[asking_rows(part, method.window_size) for part in parts],
-                done=bar.update,
-            )
-
-    def _close(self, work: _Reading, method: SpecPC) -> Compressed:
-        """Choose what stays of a prompt that has been read."""
-        if isinstance(work.found, Exception):
-            raise work.found
-        assert work.found is not None  # `_read` leaves none out
-        prompt, tokens, budget, clock = work.prompt, work.tokens, work.budget, work.clock
-        reading, scores = work.found, work.found.scores
-        if not bool(torch.isfinite(scores).all()):
-            raise ModelError("The draft's attention is not finite; try another dtype (float32).")
-        with clock("select"):
-            texts = [passage.text for passage in prompt.passages]
-            texts = only_best(texts, tokens, scores, method.max_passages)
-            kept = fit(
-                texts,
-                rank_units(texts, tokens, scores, method),
-                limit=budget.limit,
-                first_guess=budget.first_guess(tokens),
-                measure=lambda short: budget.measure(self.encoder.encode(prompt.with_texts(short))),
-                count=self.encoder.count,
-                marker=method.gap_marker if method.positions == "reset" else None,
-            )
-            shorter = prompt.with_texts(kept.texts)
-            after = self.encoder.encode(shorter)
-        context = describe(
-            prompt, shorter, tokens, after, kept.bounds, scores, clock.seconds, method
-        )
-        return shorter, replace(context, lookahead_ids=tuple(reading.lookahead_ids.tolist()))
-
-    def _whole(self, prompt: Prompt, error: Exception) -> Compressed:
-        """The prompt as it is, for a compression that failed."""
-        logger.warning("Compression failed, the passages stay whole: %s", error, exc_info=error)
-        tokens = self.encoder.encode(prompt)
-        return prompt, unchanged(prompt, tokens, fallback=f"{type(error).__name__}: {error}")
-
     def _bar(self, prompts: int) -> tqdm[Any]:
+        """A bar over the prompts that the draft reads; hidden for a single one."""
         hidden = not self.progress or prompts < 2
         return tqdm(total=prompts, desc="Draft reads", leave=False, disable=hidden)
 
@@ -442,40 +332,3 @@ class Compressor:
         prompt = Prompt.from_question("?", passages)
         tokens = self.encoder.encode(prompt)
         return unchanged(prompt, tokens, fallback=f"{type(error).__name__}: {error}")
-
-
-def asking_rows(tokens: PromptTokens, window: int) -> int:
-    """At most `window` rows, and none of a passage: only what follows the passages asks."""
-    passages = torch.nonzero(~tokens.protected)
-    tail = len(tokens) - 1 - int(passages[-1]) if len(passages) else len(tokens)
-    return max(1, min(window, tail))
-
-
-def _describe(works: Sequence[_Reading], method: SpecPC) -> str:
-    """What the draft reads and how large it is, for an error message."""
-    longest = max(works, key=lambda work: len(work.tokens))
-    limit = longest.budget.limit
-    room = f"capacity {limit:,}" if longest.budget.whole_prompt else f"ratio {method.ratio}"
-    many = "a prompt of" if len(works) == 1 else f"{len(works)} prompts of up to"
-    return f"the draft read {many} {len(longest.tokens):,} tokens ({room})"
-
-
-def _whole_reading(work: _Reading, parts: Sequence[DraftReading]) -> DraftReading:
-    """Scores of all tokens; a prompt read in groups leaves no lookahead."""
-    if len(parts) == 1:
-        return parts[0]
-    scores = torch.zeros(len(work.tokens))
-    for group, read, found in zip(work.groups, work.parts, parts, strict=True):
-        spread_scores(scores, work.tokens, group, read, found.scores)
-    return DraftReading(scores, torch.tensor([], dtype=torch.int64))
-
-
-@contextmanager
-def _caught(on_error: OnError, found: list[Any]) -> Iterator[None]:
-    """Note an error in place of a result, unless it is to be raised."""
-    try:
-        yield
-    except Exception as error:
-        if on_error == "raise":
-            raise
-        found.append(error)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .compressor import Compressor, OnError
+from .compressor import Compressor
 from .config import Generation, Method, Quantization, SpecPC
 from .drafters.store import TrigramStore
 from .encoding import PromptEncoder
@@ -21,6 +21,7 @@ from .models import accept, context_window, explain_out_of_memory, load_model
 from .pipeline import Pipeline
 from .prompt import DEFAULT_SYSTEM, Prompt
 from .session import Session, load_session, open_session
+from .shortening import OnError
 from .stored import Storage
 from .tracing import trace
 from .types import Answer, Chunk, CompressedContext, Passage, Trace

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .cache import cache_bytes, has_sliding_layers
 from .clock import Clock
-from .compressor import Compressor, OnError
+from .compressor import Compressor
 from .config import Generation, Method
 from .deadline import until
 from .decode import RowText, decode_text
@@ -20,6 +20,7 @@ from .positions import start_at
 from .preparing import Preparer, earliest
 from .prompt import Prompt
 from .request import Memories, Request
+from .shortening import OnError
 from .speckv_batch import start_evicted
 from .tools import ToolReader
 from .types import Chunk

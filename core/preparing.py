@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .clock import Clock
-from .compressor import Compressor, OnError
+from .compressor import Compressor
 from .config import Generation, Method, SpecKV, SpecPC
 from .constrained import Grammars
 from .deadline import deadline_after, until
@@ -25,6 +25,7 @@ from .models import context_window, explain_out_of_memory
 from .positions import kept_places
 from .prompt import Prompt
 from .request import EvictionPlan, Memories, Request
+from .shortening import OnError
 from .speckv import token_capacity
 from .tracing import stages
 from .types import CompressedContext, PromptTokens

@@ -9,10 +9,11 @@ import logging
 from collections.abc import Sequence
 from functools import lru_cache
 
-from .compressor import Compressor, OnError
+from .compressor import Compressor
 from .config import SpecPC
 from .errors import BudgetError, ConfigError
 from .prompt import DEFAULT_SYSTEM, Prompt
+from .shortening import OnError
 from .turn_memory import TurnMemory
 from .turns import ShortTurn, ShortTurns, Spans, Turn, total, with_note
 

@@ -7,9 +7,10 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from ..core.compressor import Compressor, OnError
+from ..core.compressor import Compressor
 from ..core.config import Quantization
 from ..core.prompt import DEFAULT_SYSTEM
+from ..core.shortening import OnError
 
 
 class DraftOptions(BaseModel):

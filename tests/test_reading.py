@@ -217,7 +217,7 @@ def test_a_batch_that_fails_is_read_one_by_one() -> None:
     compressor = Compressor(tiny_model(32, seed=1), tiny_tokenizer(), progress=False)
     prompts, method = _prompts()[:3], SpecPC(ratio=0.5)
     expected = [compressor.compress_prompt(prompt, method)[1].text for prompt in prompts]
-    real, calls = compressor._read_parts, []
+    real, calls = compressor.read, []
 
     def read(parts, *rest):  # type: ignore[no-untyped-def]
         calls.append(len(parts))
@@ -225,7 +225,7 @@ def test_a_batch_that_fails_is_read_one_by_one() -> None:
             raise RuntimeError("too much")
         return real(parts, *rest)
 
-    compressor._read_parts = read  # type: ignore[method-assign]
+    compressor.read = read  # type: ignore[method-assign]
     found = compressor.compress_prompts(prompts, method, on_error="original")
     assert calls == [3, 1, 1, 1]
     assert [context.stats.fallback for _, context in found] == [

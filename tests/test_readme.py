@@ -21,10 +21,10 @@ GUIDES = sorted(path.name for path in (ROOT / "docs").glob("*.md") if _blocks(pa
 EXAMPLES = sorted(path.name for path in (ROOT / "examples").glob("*_rag.py"))
 
 
-def _run(arguments: list[str]) -> str:
+def _run(arguments: list[str], folder: Path) -> str:
     run = subprocess.run(
         [sys.executable, "-W", "error", *arguments],
-        capture_output=True, text=True, cwd=ROOT, timeout=300, check=False,
+        capture_output=True, text=True, cwd=folder, timeout=300, check=False,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
     return run.stdout
@@ -37,13 +37,13 @@ def test_there_is_something_to_run() -> None:
 
 
 @pytest.mark.parametrize("number", range(len(BLOCKS)))
-def test_readme_block(number: int) -> None:
-    _run(["-c", BLOCKS[number]])
+def test_readme_block(number: int, tmp_path: Path) -> None:
+    _run(["-c", BLOCKS[number]], tmp_path)
 
 
 @pytest.mark.parametrize("name", GUIDES)
-def test_guide(name: str) -> None:
-    assert _run(["-c", "\n".join(_blocks(ROOT / "docs" / name))]).strip()
+def test_guide(name: str, tmp_path: Path) -> None:
+    assert _run(["-c", "\n".join(_blocks(ROOT / "docs" / name))], tmp_path).strip()
 
 
 def test_the_tests_named_by_the_comparison_exist() -> None:
@@ -57,4 +57,4 @@ def test_the_tests_named_by_the_comparison_exist() -> None:
 
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_example(name: str) -> None:
-    assert _run([f"examples/{name}"]).strip()
+    assert _run([f"examples/{name}"], ROOT).strip()

@@ -16,12 +16,12 @@ from typing import Any
 
 import torch
 
-from ..compressor import asking_rows
 from ..config import SpecPC
 from ..draft import read_draft
 from ..errors import ConfigError
 from ..head_weights import read_heads
 from ..models import context_window
+from ..shortening import asking_rows
 from ..types import PromptTokens
 from ..windows import Piece, spread_scores
 from .intervals import bootstrap_mean

@@ -15,12 +15,13 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from ..compressor import Compressor, asking_rows
+from ..compressor import Compressor
 from ..config import SpecPC
 from ..errors import ConfigError, ModelError
 from ..head_weights import HeadWeights, read_heads
 from ..models import context_window, fingerprint
 from ..scoring import row_weights
+from ..shortening import asking_rows
 from ..types import PromptTokens
 from .scorers import require_eval
 from .tasks import EvalItem

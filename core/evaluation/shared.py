@@ -85,7 +85,7 @@ class SharedDraft(Compressor):
         key = ("guess", self.encoder.encode(prompt).ids.numpy().tobytes(), tokens)
         return self.once(key, lambda: super(SharedDraft, self).guess_many([prompt], [tokens])[0])
 
-    def _read_parts(
+    def read(
         self, parts: Sequence[PromptTokens], method: SpecPC, lookaheads: Sequence[int]
     ) -> list[DraftReading]:
         pairs = zip(parts, lookaheads, strict=True)
@@ -96,7 +96,7 @@ class SharedDraft(Compressor):
         reads = method.model_copy(update={**_NOT_READ, "window_size": cut})
         key = ("read", tokens.ids.numpy().tobytes(), reads, lookahead)
         return self.once(
-            key, lambda: super(SharedDraft, self)._read_parts([tokens], method, [lookahead])[0]
+            key, lambda: super(SharedDraft, self).read([tokens], method, [lookahead])[0]
         )
 
 

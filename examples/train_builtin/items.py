@@ -47,6 +47,10 @@ CELLS = (
     Cell("one-fact, no passages (baseline)", "one-fact", 500, 15, 20, passages=False),
     Cell("one-fact, 500 tokens, mostly facts", "one-fact", 500, 23, 30),
     Cell("one-fact, 2,000 tokens, mostly facts", "one-fact", 2000, 80, 120),
+    Cell("two-fact, 1,000 tokens", "two-fact", 1000, 25, 35),
+    Cell("all-values, 1,000 tokens", "all-values", 1000, 25, 35),
+    Cell("two-hop, 1,000 tokens", "two-hop", 1000, 25, 35),
+    Cell("cloze, 500 tokens", "cloze", 500, 0, 20),
 )
 LEAST_SAME, LEAST_OTHER = 8, 4  # facts of the asked attribute; others about things of its kind
 

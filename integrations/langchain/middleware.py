@@ -11,9 +11,10 @@ from langchain_core.tools import BaseTool, tool
 from langchain_core.utils.function_calling import convert_to_openai_tool
 from pydantic import TypeAdapter
 
-from ...core.compressor import Compressor, OnError
+from ...core.compressor import Compressor
 from ...core.config import Quantization, SpecPC
 from ...core.prompt import DEFAULT_SYSTEM
+from ...core.shortening import OnError
 from ...core.turn_compressor import TurnCompressor
 from ...core.turns import Keep, Turn
 from ...retrievers.extras import require

@@ -8,10 +8,10 @@ from typing import Any
 from llama_index.core.llms.function_calling import FunctionCallingLLM
 from pydantic import ConfigDict, Field
 
-from ...core.compressor import OnError
 from ...core.config import Generation, Method, Options, Quantization
 from ...core.engine import Engine
 from ...core.errors import ModelError
+from ...core.shortening import OnError
 from ...core.tools import answer_grammar
 
 _NAMES = {"max_tokens": "max_new_tokens"}  # LlamaIndex's name -> ours
