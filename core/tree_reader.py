@@ -182,6 +182,8 @@ def _keep_path(layer: Any, nodes: int, path: Sequence[int], length: int) -> None
         first = max(0, end - layer.sliding_window + 1)
         layer.cumulative_length = length
     moved = list(path) != list(range(len(path)))
+    if not moved and first == 0 and len(path) == nodes:
+        return  # all of it stays where it is
     columns = torch.tensor(path, device=layer.keys.device) + past if moved else None
     for name in ("keys", "values"):
         states = getattr(layer, name)  # (1, kv_heads, columns, head_dim), owned by the cache

@@ -211,6 +211,22 @@ def test_a_full_store_forgets_the_pair_touched_longest_ago_and_keeps_its_size() 
     assert store.bytes == size
 
 
+def test_updates_find_trigrams_that_were_forgotten_and_came_back() -> None:
+    """A small store that is overwritten again and again, against a count of every update."""
+    store, chance = TrigramStore(pairs=WAYS), random.Random(2)  # one set
+    for step in range(3000):
+        window = [chance.randrange(4) for _ in range(6)]
+        before = {
+            gram: dict(store.successors(*gram[:2])).get(gram[2], 0.0)
+            for gram in zip(window, window[1:], window[2:], strict=False)
+        }
+        store.reinforce(window)
+        newest = (window[-3], window[-2], window[-1])
+        after = dict(store.successors(*newest[:2]))[newest[2]]
+        assert after >= min(3.0, before[newest]) or after == pytest.approx(0.04), step
+        assert len(store) <= WAYS
+
+
 def test_a_full_pair_forgets_its_lightest_successor() -> None:
     store = TrigramStore(pairs=64)
     store.learn([token for third in range(12) for token in (1, 2, third + 10)] * 2)
@@ -462,7 +478,7 @@ def _run_auto(
             return TokenTree.chain(ahead if right[said[0]] else [-token for token in ahead])
 
         def observe(self, accepted: Sequence[int]) -> None:
-            said[0] += len(accepted)
+            pass
 
     drafter: Drafter = AutoDrafter(Chain(), pace or Pace(), tally)
     drafter.observe([])
@@ -473,7 +489,9 @@ def _run_auto(
         tally.last_nodes = len(tree)
         tally.last_seconds = 1.0 + cost * len(tree) + (jump if len(tree) else 0.0)
         path = tree.follow(range(said[0] + 1, len(right)))
-        drafter.observe(range(said[0] + 1, said[0] + 2 + len(path)))
+        fresh = range(said[0] + 1, said[0] + 2 + len(path))
+        said[0] += len(fresh)
+        drafter.observe(fresh)
     return sizes
 
 
@@ -536,6 +554,30 @@ def test_auto_drafts_as_much_as_pays() -> None:
     dear, cheap = _run_auto(right, cost=0.6), _run_auto(right, cost=0.005)
     assert sum(dear) / len(dear) < 1 < 4 <= sum(cheap) / len(cheap)
     assert sum(1 + 0.6 * size for size in dear) < 1.1 * len(right)
+
+
+def test_auto_tells_its_drafter_everything_before_it_guesses() -> None:
+    told: list[int] = []
+
+    class Listening:
+        def propose(self, context: Sequence[int]) -> TokenTree:
+            assert told == list(context)
+            tally.seconds += 0.1
+            return TokenTree.chain([-1] * 8)
+
+        def observe(self, accepted: Sequence[int]) -> None:
+            told.extend(accepted)
+
+    tally, context = Tally(), [0]
+    drafter = AutoDrafter(Listening(), Pace(), tally)
+    drafter.observe([0])
+    for token in range(1, 200):
+        nodes = len(drafter.propose(context))
+        tally.forwards, tally.last_nodes = tally.forwards + 1, nodes
+        tally.last_seconds = 1.0 + 0.1 * nodes
+        context.append(token)
+        drafter.observe([token])
+        assert len(context) - len(told) < 8
 
 
 def test_a_first_slow_pass_does_not_count() -> None:

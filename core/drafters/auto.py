@@ -26,6 +26,7 @@ _MARGIN = 1.02  # drafting must give this many times the tokens a second of plai
 _NEW_TIME, _NEW_GAIN = 0.2, 0.15  # weights of the newest measurement
 _NEW_HABIT = 0.05  # weight of the newest gain in what later requests start from
 _FORGET = 0.001  # of what a tree costs more than nothing, at each plain pass
+_TOGETHER = 8  # tokens of plain passes that the drafter is told together
 _WATCHED = 2  # right guesses after which watching has seen enough
 _WATCHING = 0.005  # share of the time that watching may take
 
@@ -105,6 +106,7 @@ class AutoDrafter:
         self._gains = pace.habit()  # tokens a pass by size
         self._whole, self._shown = EMPTY, EMPTY  # the newest guess, and what the target read of it
         self._said: list[int] = []  # what it said since
+        self._unseen: list[int] = []  # what the drafter was not told yet
         self._asked, self._rest = False, 0  # whether this step guesses; plain steps before the next
         self._spent = 0.0  # tally.seconds when the last pass was recorded
         # an engine's first step is measured plain
@@ -116,13 +118,16 @@ class AutoDrafter:
         if not self._asked:
             self._rest, self._shown = max(0, self._rest - 1), EMPTY
             return EMPTY
+        self._tell()
         self._whole, self._said = self.drafter.propose(context), []
         self._shown = self._whole.cut(nodes=SIZES[self._size])
         return self._shown
 
     def observe(self, accepted: Sequence[int]) -> None:
         """Measure the last pass, and choose the next one's size."""
-        self.drafter.observe(accepted)
+        self._unseen += accepted
+        if self._size or len(self._unseen) >= _TOGETHER:
+            self._tell()
         spent, self._spent = self.tally.seconds - self._spent, self.tally.seconds
         if self.tally.forwards:
             drafting = spent if len(self._shown) else 0.0
@@ -132,6 +137,12 @@ class AutoDrafter:
         if len(self._whole):
             self._said += accepted
             self._judge()
+
+    def _tell(self) -> None:
+        """Let the drafter observe. Without guesses that can wait a few tokens, to save time."""
+        if self._unseen:
+            self.drafter.observe(self._unseen)
+            self._unseen = []
 
     def _judge(self) -> None:
         """What the newest guess gave by size, once that is known."""

@@ -15,7 +15,6 @@ from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from threading import Lock
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,8 +28,18 @@ SUCCESSORS = 12  # tokens remembered behind a pair, as in the published code
 BOOST = 0.04  # weight of one online update (section 3, "recency")
 MOST = 3.0  # no weight is larger
 WINDOW = 16  # newest tokens that an online update reads
+_LOCATED = 1024  # tri-grams whose place is remembered
 _FORMAT = "draftsieve-trigrams-1"
-_ARRAYS = ("keys", "touched", "totals", "tokens", "counts", "boosts")
+_PAIR = np.dtype(
+    [
+        ("keys", np.int64),  # first token * 2^32 + second + 1; 0: free
+        ("touched", np.int64),  # the clock when it was used last
+        ("totals", np.float32),  # times the pair was learnt
+        ("tokens", np.int32, (SUCCESSORS,)),  # successor + 1; 0: free
+        ("counts", np.float32, (SUCCESSORS,)),
+        ("boosts", np.uint8, (SUCCESSORS,)),  # online updates that saw it
+    ]
+)
 
 
 class TrigramStore:
@@ -49,13 +58,13 @@ class TrigramStore:
         self.vocabulary = vocabulary
         self._lock = Lock()
         self._clock = 0  # grows with every touch
-        shape = (self.sets * WAYS,)  # fresh pages of zeros take no memory before they are written
-        self._keys = np.zeros(shape, np.int64)  # first token * 2^32 + second + 1; 0: free
-        self._touched = np.zeros(shape, np.int64)
-        self._totals = np.zeros(shape, np.float32)  # times the pair was learnt
-        self._tokens = np.zeros((*shape, SUCCESSORS), np.int32)  # successor + 1; 0: free
-        self._counts = np.zeros((*shape, SUCCESSORS), np.float32)
-        self._boosts = np.zeros((*shape, SUCCESSORS), np.uint8)  # online updates that saw it
+        # one record a pair, so that all of it lies together in memory; fresh pages of zeros take
+        # no memory before they are written
+        self._table = np.zeros(self.sets * WAYS, _PAIR)
+        self._keys, self._touched = self._table["keys"], self._table["touched"]
+        self._totals, self._tokens = self._table["totals"], self._table["tokens"]
+        self._counts, self._boosts = self._table["counts"], self._table["boosts"]
+        self._located: dict[tuple[int, int], tuple[int, int]] = {}  # where tri-grams were lately
 
     def __len__(self) -> int:
         """Pairs it holds."""
@@ -64,7 +73,7 @@ class TrigramStore:
     @property
     def bytes(self) -> int:
         """Size when full; less is in use while it is filling."""
-        return sum(self._array(name).nbytes for name in _ARRAYS)
+        return int(self._table.nbytes)
 
     def successors(self, first: int, second: int) -> tuple[tuple[int, float], ...]:
         """What followed a pair: (token, weight), heaviest first."""
@@ -105,9 +114,8 @@ class TrigramStore:
             window: The newest tokens, 16 in the paper.
         """
         with self._lock:
-            for first, second, third in zip(window, window[1:], window[2:], strict=False):
-                row = self._claim(_key(first, second))
-                place = self._place(row, third)
+            for gram in zip(window, window[1:], window[2:], strict=False):
+                row, place = self._locate(*gram)
                 if self._boosts[row, place] < round(MOST / BOOST):
                     self._boosts[row, place] += 1
 
@@ -115,7 +123,7 @@ class TrigramStore:
         """Write the store into one safetensors file: numbers only, no code."""
         with self._lock:
             rows = np.flatnonzero(self._keys)
-            arrays = {name: self._array(name)[rows] for name in _ARRAYS}
+            arrays = {name: self._table[name][rows] for name in _PAIR.names or ()}
             about = {"sets": self.sets, "clock": self._clock, "vocabulary": self.vocabulary}
         file = Path(path)
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -142,13 +150,9 @@ class TrigramStore:
         about = json.loads(metadata["about"])
         store = cls(about["sets"] * WAYS, about["vocabulary"])
         store._clock = about["clock"]
-        for name in _ARRAYS:
-            store._array(name)[arrays["rows"]] = arrays[name]
+        for name in _PAIR.names or ():
+            store._table[name][arrays["rows"]] = arrays[name]
         return store
-
-    def _array(self, name: str) -> NDArray[Any]:
-        array: NDArray[Any] = getattr(self, f"_{name}")
-        return array
 
     def _weights(self, row: int) -> list[float]:
         """Weights of a pair's successors; plain numbers, for numpy is slow with so few."""
@@ -169,6 +173,22 @@ class TrigramStore:
         keys: list[int] = self._keys[first : first + WAYS].tolist()
         return first + keys.index(key) if key in keys else -1
 
+    def _locate(self, first: int, second: int, third: int) -> tuple[int, int]:
+        """Row and place of a tri-gram, new or not. Windows overlap: most were located before."""
+        key = _key(first, second)
+        found = self._located.get((key, third))
+        if found is not None:
+            row, place = found
+            if self._keys[row] == key and self._tokens[row, place] == third + 1:
+                self._clock += 1
+                self._touched[row] = self._clock
+                return found
+        if len(self._located) >= _LOCATED:
+            self._located.clear()
+        row = self._claim(key)
+        found = self._located[key, third] = row, self._place(row, third)
+        return found
+
     def _claim(self, key: int) -> int:
         """The row of a pair; a new pair takes a free row, else the one touched longest ago."""
         self._clock += 1
@@ -176,8 +196,7 @@ class TrigramStore:
         if row < 0:
             first = self._first_row(key)
             row = first + int(self._touched[first : first + WAYS].argmin())  # free rows: 0
-            for name in _ARRAYS:
-                self._array(name)[row] = 0
+            self._table[row] = np.zeros((), _PAIR)
             self._keys[row] = key
         self._touched[row] = self._clock
         return row

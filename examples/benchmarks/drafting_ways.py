@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from drafting_cases import LONGEST, SHORTEST, Case
-from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers import PreTrainedModel
 
 from draftsieve import Engine, Generation
 from draftsieve.core.config import DraftKind
@@ -127,18 +127,39 @@ def _guess(engine: Engine, case: Case, length: int) -> torch.Tensor:
     return out[0, ids.shape[1] :].cpu()
 
 
-class _SaidProcessor(LogitsProcessor):  # type: ignore[misc]
-    """`Said` for transformers, which may ask about any place of the answer."""
+@contextmanager
+def _ruled(
+    model: PreTrainedModel, prompt: int, said: Sequence[int] | None, ends: Sequence[int]
+) -> Iterator[None]:
+    """`Said` for transformers, upon the logits of every place that a pass looks at.
 
-    def __init__(self, prompt: int, said: Sequence[int] | None, ends: Sequence[int]) -> None:
-        self.prompt, self.said, self.ends = prompt, said, ends
+    A logits processor would not do: prompt lookup asks it which of its guesses are forbidden, and
+    would learn the answer from one that forces it.
+    """
+    read = [0]
 
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        rule = Said(self.said, self.ends)
-        rule.place = input_ids.shape[1] - self.prompt
-        if self.said is not None:
-            rule.place = min(rule.place, len(self.said) - 1)
-        return torch.stack([rule.mask(row) for row in scores])
+    def note(_: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        cache = kwargs.get("past_key_values")
+        read[0] = 0 if cache is None else cache.get_seq_length()
+
+    def rewrite(_: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        rows = output.logits[0]  # (places, vocabulary)
+        first = read[0] + kwargs["input_ids"].shape[1] - len(rows) + 1 - prompt
+        for place, row in enumerate(rows, start=first):
+            rule = Said(said, ends)
+            rule.place = place if said is None else min(place, len(said) - 1)
+            if place >= 0:
+                row.copy_(rule.mask(row))
+
+    hooks = [
+        model.register_forward_pre_hook(note, with_kwargs=True),
+        model.register_forward_hook(rewrite, with_kwargs=True),
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _theirs(
@@ -148,15 +169,15 @@ def _theirs(
     ids = case.ids.unsqueeze(0).to(engine.target.device)
     ends = end_token_ids(engine.target).tolist()
     how = {key: engine.draft if key == "assistant_model" else v for key, v in options.items()}
-    out = engine.target.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=LONGEST if said is None else len(said),
-        do_sample=False,
-        pad_token_id=0,
-        logits_processor=LogitsProcessorList([_SaidProcessor(ids.shape[1], said, ends)]),
-        **how,
-    )
+    with _ruled(engine.target, ids.shape[1], said, ends):
+        out = engine.target.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=LONGEST if said is None else len(said),
+            do_sample=False,
+            pad_token_id=0,
+            **how,
+        )
     return out[0, ids.shape[1] :].tolist(), 0.0
 
 
