@@ -258,4 +258,4 @@ def test_the_memory_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
     assert "3 May 2041" in second
     assert first.count("user:") == second.count("user:") == 4
     assert first != second
-    assert "chess" not in second
+    assert "…" in first and "…" in second  # something gave way both times

@@ -400,7 +400,7 @@ def broken(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any, **__: Any) -> Any:
         raise MemoryError("no memory")
 
-    monkeypatch.setattr(Compressor, "_compress", fail)
+    monkeypatch.setattr(Compressor, "read", fail)
 
 
 def test_a_failure_sends_the_originals_where_they_fit(

@@ -55,7 +55,8 @@ def test_no_two_layers_hold_their_full_keys_and_values_at_once() -> None:
         full = [
             o
             for o in gc.get_objects()
-            if type(o) is torch.Tensor and tuple(o.shape) in {(1, 2, 209, 16), (1, 2, 203, 16)}
+            # a list, as sizes that torch.compile left behind may be symbols without a hash
+            if type(o) is torch.Tensor and list(o.shape) in ([1, 2, 209, 16], [1, 2, 203, 16])
         ]
         alive.append(len(full))
 
