@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from itertools import count
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import pytest
@@ -24,6 +26,7 @@ from draftsieve.core.errors import (
     GrammarError,
 )
 from draftsieve.integrations.langchain import ChatDraftSieve
+from draftsieve.integrations.langchain import tools as langchain_tools
 
 from .adapters_fixtures import (
     QUESTION,
@@ -244,7 +247,13 @@ def test_a_wrong_response_format_fails_when_tools_are_bound() -> None:
 
 
 @pytest.mark.parametrize("wrap", [lambda schema: schema, ProviderStrategy, ToolStrategy])
-async def test_an_agent_with_tools_ends_in_its_response_format(wrap: Any) -> None:
+async def test_an_agent_with_tools_ends_in_its_response_format(
+    wrap: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # what the model says next depends on the ids in its prompt: with random ones it would now and
+    # then call tools until its window is full
+    numbers = (SimpleNamespace(hex=f"{number:032x}") for number in count())
+    monkeypatch.setattr(langchain_tools, "uuid4", lambda: next(numbers))
     model = talker(max_tokens=120, temperature=3.0, seed=4)
     agent = create_agent(model, [opening], response_format=wrap(Trip))
     asked = {"messages": [HumanMessage(QUESTION)]}
