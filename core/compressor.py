@@ -20,6 +20,7 @@ from .deadline import deadline_after, until
 from .draft import guess, read_draft
 from .encoding import PromptEncoder
 from .errors import OutOfMemoryError, PromptError
+from .head_weights import head_weights
 from .lookahead import greedy
 from .memory import Memory
 from .models import accept, context_window, explain_out_of_memory, load_model
@@ -194,8 +195,11 @@ class Compressor:
             on_error: As for `compress`.
             max_new_tokens: One for each prompt, see `compress_prompt`.
         """
+        method = method or SpecPC()
+        if method.head_weights is not None:  # a missing file is no fault of a single request
+            head_weights(self.model, method.head_weights)
         shorten = Shortener(self.model, self.encoder, self.read)
-        return shorten(prompts, method or SpecPC(), on_error, max_new_tokens)
+        return shorten(prompts, method, on_error, max_new_tokens)
 
     def read(
         self, prompts: Sequence[PromptTokens], method: SpecPC, lookaheads: Sequence[int]

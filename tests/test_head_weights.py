@@ -118,6 +118,12 @@ def test_weights_come_back_from_a_file_and_stay_with_their_draft(tmp_path: Path)
         head_weights(other, "calibrated")
 
 
+def test_missing_weights_raise_also_where_failures_may_fall_back(tmp_path: Path) -> None:
+    method = SpecPC(ratio=0.5, head_weights=str(tmp_path / "none.json"))
+    with pytest.raises(ModelNotFoundError, match="draftsieve calibrate"):
+        tiny_compressor().compress(QUESTION, TEXTS, method, on_error="original")
+
+
 @pytest.mark.parametrize("text", ["{", "[]", '{"heads": [1], "bias": 0, "weights": ""}'])
 def test_files_that_hold_something_else_are_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "x.json").write_text(text)
