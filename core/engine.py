@@ -20,7 +20,7 @@ from .errors import ModelError, PromptError
 from .models import accept, context_window, explain_out_of_memory, load_model
 from .pipeline import Pipeline
 from .prompt import DEFAULT_SYSTEM, Prompt
-from .session import Session, load_session, open_session
+from .session import Session, last_answer, load_session, open_session
 from .shortening import OnError
 from .stored import Storage
 from .tracing import trace
@@ -201,7 +201,7 @@ class Engine:
         Asynchronous requests of an engine take turns, token by token. Cancelling the task ends its
         request at the next layer or token, also while the draft reads or looks ahead.
         """
-        return await _last(self.astream(question, passages, **options))
+        return await last_answer(self.astream(question, passages, **options))
 
     def astream(
         self, question: str, passages: Sequence[str | Passage], **options: Any
@@ -279,7 +279,7 @@ class Engine:
 
     async def agenerate(self, prompt: Prompt, **options: Any) -> Answer:
         """`generate` without blocking the event loop, as `aanswer`; takes the same options."""
-        return await _last(self.astream_prompt(prompt, **options))
+        return await last_answer(self.astream_prompt(prompt, **options))
 
     async def agenerate_many(self, prompts: Sequence[Prompt], **options: Any) -> list[Answer]:
         """`generate_many` without blocking the event loop, as `aanswer`; takes the same options."""
@@ -324,7 +324,12 @@ class Engine:
             PromptError: There is nothing to read, or more than the target's window holds.
             ModelError: A layer of a model is not plain full attention.
         """
-        return open_session(self._need_pipeline(), passages, system, self.model_name, storage)
+        pipeline = self._need_pipeline()
+        return open_session(pipeline, self._worker, passages, system, self.model_name, storage)
+
+    async def asession(self, passages: Sequence[str | Passage], **options: Any) -> Session:
+        """`session` without blocking the event loop; takes the same options."""
+        return await self._worker.run(self.session, passages, **options)
 
     def load_session(self, path: str | Path, *, mmap: bool = True) -> Session:
         """Open what `Session.save` wrote; the same target must be loaded.
@@ -337,7 +342,7 @@ class Engine:
         Raises:
             ModelError: There is no session, it is damaged, or it was made with other weights.
         """
-        return load_session(self._need_pipeline(), path, self.model_name, mmap)
+        return load_session(self._need_pipeline(), self._worker, path, self.model_name, mmap)
 
     @property
     def footprint(self) -> dict[str, int]:
@@ -387,12 +392,3 @@ class Engine:
         if self._pipeline is None:
             raise ModelError("This engine has no tokenizer, so it can only trace token ids.")
         return self._pipeline
-
-
-async def _last(chunks: AsyncIterator[Chunk]) -> Answer:
-    """Drain a stream and return its answer."""
-    answer = None
-    async for chunk in chunks:
-        answer = chunk.answer
-    assert answer is not None  # the last chunk carries it
-    return answer

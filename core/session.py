@@ -9,9 +9,10 @@ a time is brought to its device as a whole, since the question's tokens attend t
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -27,6 +28,7 @@ from .request import Memories
 from .session_files import SavedSession, read_files, write_files
 from .stored import Storage
 from .types import Answer, Chunk, Passage, PromptTokens, Segment
+from .worker import Worker
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +63,7 @@ class Session:
     """
 
     pipeline: Pipeline
+    worker: Worker  # of the engine, for asynchronous requests
     passages: tuple[Passage, ...]
     system: str | None
     memories: Memories
@@ -106,6 +109,17 @@ class Session:
         options = generation or Generation()
         prompt = Prompt.from_question(question, self.passages, system=self.system)
         return self.pipeline.stream(prompt, method, options, "raise", self.memories)
+
+    async def aanswer(self, question: str, **options: Any) -> Answer:
+        """`answer` without blocking the event loop; takes the same options.
+
+        Requests of the engine and of its sessions take turns, see `Engine.aanswer`.
+        """
+        return await last_answer(self.astream(question, **options))
+
+    def astream(self, question: str, **options: Any) -> AsyncIterator[Chunk]:
+        """`stream` without blocking the event loop; takes the same options."""
+        return self.worker.steps(self.stream(question, **options))
 
     def extend(self, passages: Sequence[str | Passage]) -> Session:
         """A session with more documents behind these; only the new ones are read.
@@ -168,8 +182,18 @@ class Session:
         write_files(saved, Path(path))
 
 
+async def last_answer(chunks: AsyncIterator[Chunk]) -> Answer:
+    """Drain a stream and return its answer."""
+    answer = None
+    async for chunk in chunks:
+        answer = chunk.answer
+    assert answer is not None  # the last chunk carries it
+    return answer
+
+
 def open_session(
     pipeline: Pipeline,
+    worker: Worker,
     passages: Sequence[str | Passage],
     system: str | None,
     model_name: str,
@@ -183,12 +207,20 @@ def open_session(
     with clock("read"):
         memories = _read(pipeline, prompt, storage)
     return Session(
-        pipeline, prompt.passages, system, memories, model_name, storage, False, clock.seconds
+        pipeline,
+        worker,
+        prompt.passages,
+        system,
+        memories,
+        model_name,
+        storage,
+        False,
+        clock.seconds,
     )
 
 
 def load_session(
-    pipeline: Pipeline, path: str | Path, model_name: str, mmap: bool = True
+    pipeline: Pipeline, worker: Worker, path: str | Path, model_name: str, mmap: bool = True
 ) -> Session:
     """Open what `Session.save` wrote.
 
@@ -217,6 +249,7 @@ def load_session(
     memories = Memories(target, draft if "draft" in ours else None)
     return Session(
         pipeline,
+        worker,
         saved.passages,
         saved.system,
         memories,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -105,6 +106,32 @@ def test_streams_are_the_answer() -> None:
     pieces = list(session.stream(QUESTION, method=METHODS[1], generation=SHORT))
     answer = session.answer(QUESTION, method=METHODS[1], generation=SHORT)
     assert "".join(p.text for p in pieces) == answer.text
+
+
+def test_asynchronous_questions_get_the_same_answers() -> None:
+    engine = tiny_engine()
+    wanted = [engine.session(TEXTS).answer(q, generation=SHORT).text for q in QUESTIONS]
+
+    async def ask() -> list[str]:
+        session = await engine.asession(TEXTS)
+        ticks, done = 0, asyncio.Event()
+
+        async def tick() -> None:
+            nonlocal ticks
+            while not done.is_set():
+                ticks += 1
+                await asyncio.sleep(0)
+
+        ticking = asyncio.create_task(tick())
+        answers = await asyncio.gather(*(session.aanswer(q, generation=SHORT) for q in QUESTIONS))
+        pieces = [piece.text async for piece in session.astream(QUESTION, generation=SHORT)]
+        done.set()
+        await ticking
+        assert ticks > 10  # the event loop was free
+        assert "".join(pieces) == wanted[0]
+        return [answer.text for answer in answers]
+
+    assert asyncio.run(ask()) == wanted
 
 
 def test_what_a_session_cannot_do_is_said() -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from draftsieve.core.errors import ConfigError, PromptError
-from draftsieve.core.evaluation.metrics import normalised, score_answer, survival, word_f1
+from draftsieve.core.evaluation.metrics import Score, normalised, score_answer, survival, word_f1
 from draftsieve.core.evaluation.puzzles import NOT_FOUND, TASKS, attributes, natural_sentences
 from draftsieve.core.evaluation.scorers import bm25
 from draftsieve.core.evaluation.squad import read_article
@@ -309,6 +310,14 @@ def test_alternatives_count_by_squads_measures() -> None:
     assert close.f1 == pytest.approx(2 / 3)
     assert word_f1("", "") == 1.0
     assert word_f1("x", "") == 0.0
+
+
+def test_answers_to_chains_may_name_the_way() -> None:
+    item = replace(made(("Room 7",)), task="two-hop")
+    for said in ("Room 7", "Mara Velint: Room 7", "Holm: Mara Velint: the Room 7."):
+        assert score_answer(item, said) == Score(True, 1.0, 1.0)
+    assert not score_answer(item, "Room 7: Mara Velint").recall
+    assert not score_answer(made(("Room 7",)), "Mara Velint: Room 7").correct
 
 
 def test_passage_numbers_keep_their_brackets() -> None:

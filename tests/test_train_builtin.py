@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import random
+import re
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -14,18 +17,22 @@ from transformers import AutoModelForCausalLM
 
 import draftsieve.core.evaluation.world as world
 from examples.train_builtin.batches import TYPES, Batch, make_batch
-from examples.train_builtin.generator import LINK_KINDS
+from examples.train_builtin.distil import Teacher, distil_loss
+from examples.train_builtin.generator import make_row
 from examples.train_builtin.grow import grow
 from examples.train_builtin.import_weights import lean_weights
+from examples.train_builtin.links import LINK_KINDS
 from examples.train_builtin.model import (
     SHAPES,
     ChunkedAttention,
     LeanLlama,
     causal_mask,
     link_attention,
+    link_loss,
     rope_tables,
 )
-from examples.train_builtin.train import link_loss
+from examples.train_builtin.questions import MAKERS, index_scene
+from examples.train_builtin.scenes import SceneOptions, make_scene
 
 BUILTIN = Path(__file__).parents[1] / "core" / "builtin"
 RAG_256 = 3  # number of the phase
@@ -41,7 +48,8 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "tokenizer" / "tokenizer.json").write_bytes(tokenizer)
     sentences = Path(world.__path__[0]) / "sentences.txt"
     lines = sentences.read_text(encoding="utf-8").splitlines()[1:]
-    (folder / "corpus" / "sentences.txt").write_text("\n".join(lines), encoding="utf-8")
+    for name in ("sentences.txt", "running.txt"):
+        (folder / "corpus" / name).write_text("\n".join(lines), encoding="utf-8")
     return folder
 
 
@@ -119,19 +127,29 @@ def read(tokenizer: Tokenizer, batch: Batch, row: int, start: int, end: int) -> 
 
 def test_links_point_at_the_answer(work: Path) -> None:
     tokenizer = Tokenizer.from_file(str(work / "tokenizer" / "tokenizer.json"))
-    batch = make_batch(0, 1, RAG_256, 8192, work)
-    kinds = set(batch.links[:, 3].tolist())
-    assert kinds == set(range(len(LINK_KINDS)))
+    batch = make_batch(0, 1, RAG_256 + 1, 24576, work)
+    names = {name: number for number, name in enumerate(LINK_KINDS)}
+    assert set(batch.links[:, 3].tolist()) == set(names.values())
     following = dict(zip(batch.picked.tolist(), batch.wanted.tolist(), strict=True))
     length = batch.ids.shape[1]
+
+    def text(row: int, start: int, end: int) -> str:
+        return read(tokenizer, batch, row, start, end).strip()
+
     for row, asking, found, kind in batch.links.tolist():
         assert found < asking
-        if kind in (4, 6, 7):  # the value: what is looked at comes next in the answer
-            wanted = following[row * length + asking]
-            seen = tokenizer.decode([batch.ids[row, found]]).strip()
-            assert seen.startswith(tokenizer.decode([wanted]).strip()[:1])
-        if kind in (3, 4, 5):
-            assert "assistant\n" in read(tokenizer, batch, row, asking - 4, asking + 1)
+        name, before = LINK_KINDS[kind], text(row, asking - 8, asking + 1)
+        if name == "key word":
+            asked, seen = (text(row, n, n + 1).lower() for n in (asking, found))
+            assert asked.endswith(seen) or seen.endswith(asked)
+        elif name == "fact to passage number":
+            assert re.search(r"\[\d+\]$", text(row, found - 3, found + 1))
+        elif name in ("what follows a quotation", "word beside key words"):
+            assert before.endswith("assistant\n...")
+        if name in ("value", "rest of value", *LINK_KINDS[7:9]) and not before.endswith("\n["):
+            # what is looked at comes next in the answer
+            wanted = tokenizer.decode([following[row * length + asking]]).strip()
+            assert re.search(r"\n\[\d$", before) or text(row, found, found + 1)[:1] == wanted[:1]
 
 
 def test_batches_repeat(work: Path) -> None:
@@ -146,6 +164,47 @@ def test_natural_text_is_asked_about(work: Path) -> None:
         TYPES[kind] for n in range(6) for kind in make_batch(n, 1, 4, 4096, work).types.tolist()
     }
     assert {"cloze", "quotation", "one-fact"} <= seen
+
+
+def test_natural_rows_hold_no_facts(work: Path) -> None:
+    tokenizer = Tokenizer.from_file(str(work / "tokenizer" / "tokenizer.json"))
+    lines = (work / "corpus" / "running.txt").read_text(encoding="utf-8").splitlines()
+    made = make_row(random.Random(3), tokenizer, lines, 512, False, "natural")
+    assert {kind for kind, _, _ in made.answers} <= {"cloze", "quotation", "unanswerable"}
+    assert len(made.answers) > 3
+    text = tokenizer.decode(made.ids)
+    neighbours = [f"{a} {b}" for a, b in pairwise(lines)]
+    assert sum(pair in text for pair in neighbours) > 3
+
+
+def test_chains_are_answered_step_by_step() -> None:
+    rng = random.Random(1)
+    turns = []
+    while len(turns) < 20:
+        scene = make_scene(rng, SceneOptions(2000, natural_share=0.0), [])
+        turn = MAKERS["two-hop"][1](rng, index_scene(scene))
+        turns += [turn] if turn else []
+    for turn in turns:
+        way, found = turn.evidence
+        assert found.stated.fact.entity == way.stated.fact.value
+        assert turn.answer[found.start :] == found.stated.fact.value
+        assert turn.answer.startswith(f"{found.stated.fact.entity}: ")
+        assert found.stated.fact.entity not in turn.question
+
+
+def test_the_teacher_answers_as_the_exported_target() -> None:
+    teacher = Teacher(BUILTIN / "target", torch.device("cpu"))
+    llama = AutoModelForCausalLM.from_pretrained(BUILTIN / "target", dtype=torch.float32)
+    ids = torch.randint(4, 4096, (2, 64), generator=torch.Generator().manual_seed(1))
+    picked = torch.tensor([3, 63, 90])
+    theirs = llama(ids).logits.flatten(0, 1)[picked]
+    ours = teacher.logits(ids, picked)  # rounded to bfloat16 on its way
+    assert distil_loss(ours, theirs) < 1e-3
+    pupil = torch.zeros_like(theirs, requires_grad=True)
+    before = distil_loss(pupil, theirs)
+    (step,) = torch.autograd.grad(before, pupil)
+    assert distil_loss(pupil - step, theirs) < before
+    assert distil_loss(pupil[:0], theirs[:0]) == 0
 
 
 def test_grown_model_gives_the_small_one_s_logits() -> None:

@@ -13,6 +13,8 @@ from .baselines import Kept
 from .tasks import EvalItem, Place
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
+_CHAINS = frozenset({"two-hop", "three-hop"})
+_STEP = ": "  # between the values that an answer to a chain names
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
@@ -22,7 +24,8 @@ class Score:
 
     `correct`: exact match after `normalised`, several answers in any order. `recall`: share of the
     needed answers that occur in the output, RULER's measure (arXiv 2404.06654, section 3); for
-    alternatives, whether one occurs. `f1`: overlap of words as in SQuAD (arXiv 1606.05250).
+    alternatives, whether one occurs. `f1`: overlap of words as in SQuAD (arXiv 1606.05250). Where a
+    chain is asked for, the answer may name the values on the way first, each with a colon.
     """
 
     correct: bool
@@ -32,6 +35,8 @@ class Score:
 
 def score_answer(item: EvalItem, text: str) -> Score:
     """Compare an output with an item's answers."""
+    if item.task in _CHAINS:
+        text = text.rpartition(_STEP)[2]
     found = [answer for answer in item.answers if _folded(answer) in _folded(text)]
     if item.need == "any":
         best = max(word_f1(text, answer) for answer in item.answers)

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from .generator import make_row
+from .generator import RowKind, make_row
 from .scenes import natural_sentences
 
 TYPES = (
@@ -29,6 +29,7 @@ TYPES = (
     "unanswerable",
     "cloze",
 )
+NATURAL_SHARE = 0.3  # of the rows of 256 tokens and more
 OTHER_SHARE, OTHER_WEIGHT = 0.12, 0.3  # of the tokens that are not answers
 SWAP_SHARE = 0.5  # of the copy rows
 PICKED_SHARE = 0.26  # positions with logits, of all
@@ -55,7 +56,8 @@ PHASES = (
     Phase("rag-512", (512,), 0.05, 0.3, 2.0, 0.45),
     Phase("rag-1024", (1024,), 0.02, 0.2, 2.0, 0.57),
     Phase("rag-2304", (2304,), 0.02, 0.15, 2.0, 0.64),
-    Phase("rag-mixed", (512, 1024, 256, 512, 1024, 2304), 0.03, 0.3, 2.0, 1.0),
+    Phase("rag-mixed", (512, 1024, 256, 512, 1024, 2304), 0.03, 0.3, 2.0, 0.75),
+    Phase("rag-long", (512, 1024, 2304, 4608, 1024, 2304, 8448), 0.02, 0.15, 2.0, 1.0),
 )
 LONGEST = max(max(phase.lengths) for phase in PHASES)
 
@@ -136,6 +138,17 @@ def swap_row(
     return ids[:length] + [0] * (length - len(ids)), [r for r in ranges if r.stop <= length]
 
 
+def draw_kind(rng: random.Random, phase: Phase, length: int, held_out: bool) -> RowKind:
+    """What a row is made of; evaluation rows are of all kinds of facts at once."""
+    if held_out:
+        return "all"
+    natural = NATURAL_SHARE if length >= 256 else 0.0
+    return rng.choices(
+        ("easy", "natural", "all"),
+        (phase.easy_share, natural, max(0.0, 1 - phase.easy_share - natural)),
+    )[0]
+
+
 def make_batch(
     number: int, seed: int, phase: int, tokens: int, folder: Path, held_out: bool = False
 ) -> Batch:
@@ -143,6 +156,7 @@ def make_batch(
     tokenizer, stream = _tools(folder)
     stops = [tokenizer.token_to_id(mark) for mark in ".?"]
     corpus = natural_sentences(folder / "corpus" / "sentences.txt")
+    running = natural_sentences(folder / "corpus" / "running.txt")
     length = PHASES[phase].lengths[number % len(PHASES[phase].lengths)]
     rng = random.Random(f"{seed}/{phase}/{number}/{held_out}")
     rows: list[list[int]] = []
@@ -158,8 +172,9 @@ def make_batch(
             )
             marks += [(row, r.start, r.stop, 0) for r in ranges]
         else:
-            easy = not held_out and rng.random() < PHASES[phase].easy_share
-            made = make_row(rng, tokenizer, corpus, length + 1, held_out, easy)
+            kind = draw_kind(rng, PHASES[phase], length, held_out)
+            text = running if kind == "natural" else corpus
+            made = make_row(rng, tokenizer, text, length + 1, held_out, kind)
             ids = made.ids + [0] * (length + 1 - len(made.ids))
             marks += [(row, start, end, TYPES.index(kind)) for kind, start, end in made.answers]
             links += [(row, *map(int, link)) for link in made.links]

@@ -2,7 +2,8 @@
 
 Run `python -m examples.train_builtin.corpus --out .work/corpus`. It downloads the packages below
 with `apt-get download` (Debian or Ubuntu), unpacks them without installing anything, and writes
-`sentences.txt`, one cleaned sentence a line, in a fixed shuffled order.
+one cleaned sentence a line, `running.txt` in the order of the documents and `sentences.txt` in a
+fixed shuffled one.
 """
 
 from __future__ import annotations
@@ -87,19 +88,20 @@ def sentences(paragraph: str) -> Iterator[str]:
 
 
 def build(packages: Path, out: Path) -> int:
-    """Write `sentences.txt`; returns the number of sentences."""
-    found: set[str] = set()
+    """Write `running.txt` and `sentences.txt`; returns the number of sentences."""
+    found: dict[str, None] = {}
     for package, (_, pattern) in SOURCES.items():
         before = len(found)
         for path in sorted((packages / package).glob(pattern)):
             for paragraph in paragraphs(path):
-                found.update(sentences(paragraph))
+                found.update(dict.fromkeys(sentences(paragraph)))
         logger.info("%s: %d sentences", package, len(found) - before)
-    ordered = sorted(found)
-    random.Random(SEED).shuffle(ordered)
+    shuffled = sorted(found)
+    random.Random(SEED).shuffle(shuffled)
     out.mkdir(parents=True, exist_ok=True)
-    (out / "sentences.txt").write_text("\n".join(ordered) + "\n", encoding="utf-8")
-    return len(ordered)
+    for name, lines in (("running.txt", list(found)), ("sentences.txt", shuffled)):
+        (out / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return len(shuffled)
 
 
 def main() -> None:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
-from typing import Literal, NamedTuple
+from typing import Literal
 
-from tokenizers import Encoding, Tokenizer
+from tokenizers import Tokenizer
 
-from .questions import Turn, easy_turns, make_turns
+from .links import Link, Reading
+from .questions import easy_turns, make_turns
 from .scenes import Scene, SceneOptions, make_scene
+from .turns import Turn
 
 SYSTEM = "Answer the question using only the passages."
 _OTHER_SYSTEMS = (
@@ -24,6 +25,8 @@ _OTHER_SYSTEMS = (
     "Answer from the passages and keep it short.",
 )
 BACKWARD_SHARE = 0.5  # of the easy rows: values that come before their entity are harder to find
+LISTS_SHARE = 0.35  # of the training rows of all kinds of questions
+RowKind = Literal["all", "easy", "natural"]
 CHARACTERS_PER_TOKEN = 2.9  # of fact-rich passages under the bundled tokenizer
 
 
@@ -94,28 +97,6 @@ def segments(conversation: Conversation) -> list[str]:
     return parts
 
 
-LINK_KINDS = (
-    "value to name",
-    "name to value",
-    "name to second token of value",
-    "name asked for",
-    "value",
-    "name",
-    "rest of value",
-    "what follows a quotation",
-)
-EVIDENCE_KINDS = range(4, 8)  # the answer looks at the fact; the others prepare it, lower down
-BOUND_STEPS = 3  # tokens of an answer that depend on the name; later ones follow from those before
-
-
-class Link(NamedTuple):
-    """A position, and an earlier one that a head should look at; `kind` is one of `LINK_KINDS`."""
-
-    asking: int
-    found: int
-    kind: int
-
-
 @dataclass(frozen=True, slots=True)
 class Row:
     """A training row: ids, and for each answer its type and where it lies."""
@@ -140,14 +121,21 @@ def make_row(
     corpus: list[str],
     length: int,
     held_out: bool,
-    easy: bool = False,
+    kind: RowKind = "all",
 ) -> Row:
-    """One conversation of at most `length` tokens with at least one answer."""
+    """One conversation of at most `length` tokens with at least one answer.
+
+    An "easy" one states one attribute of several entities, a "natural" one has no facts, only
+    neighbouring sentences of the corpus.
+    """
     while True:
         share = rng.uniform(*_context_share(length))
         size = int(length * share * CHARACTERS_PER_TOKEN)
-        options = SceneOptions(characters=size, held_out=held_out)
-        if easy:
+        lists = kind == "all" and not held_out and rng.random() < LISTS_SHARE
+        options = SceneOptions(characters=size, held_out=held_out, lists=lists)
+        if kind == "natural":
+            options = SceneOptions(size, held_out, False, 1.0, False, running=True)
+        if kind == "easy":
             order: Literal["forward", "backward"] = (
                 "backward" if rng.random() < BACKWARD_SHARE else "forward"
             )
@@ -165,77 +153,8 @@ def make_row(
                 break
             ids += prompt.ids
             answers.append((turn.type, len(ids), len(ids) + len(answer.ids)))
-            links += _links(conversation, number, parts, encoded, len(ids) - 1)
+            texts = parts[0], encoded[0], parts[2 * number], prompt
+            links += Reading(conversation.scene, *texts, answer, len(ids) - 1).links(turn)
             ids += answer.ids
         if answers:
             return Row(ids, answers, links)
-
-
-def _links(
-    conversation: Conversation, number: int, parts: list[str], encoded: list[Encoding], asking: int
-) -> list[Link]:
-    """Where to look for the answer of a turn that begins behind position `asking`.
-
-    A value belongs to a name: the later of the two looks at the earlier one. What begins the
-    answer looks at the name in the question, and at the later of the two in the fact.
-    """
-    turn = conversation.turns[number]
-    if turn.begun:
-        return _quotation_links(turn.begun, parts[0], encoded, number, asking)
-    if not (stated := turn.evidence):
-        return []
-    sentence, fact = stated.sentence, stated.fact
-    passage = parts[0].index(conversation.scene.passages[stated.passage - 1])
-    start = parts[0].find(sentence, passage)
-    value, name = sentence.find(fact.value), sentence.find(fact.entity)
-    if min(start, value, name) < 0:
-        return []
-    first = encoded[0].char_to_token(start + value)
-    last = encoded[0].char_to_token(start + name + len(fact.entity) - 1)
-    if first is None or last is None:
-        return []
-    place = parts[2 * number].rfind(fact.entity)
-    asked = encoded[2 * number].char_to_token(place + len(fact.entity) - 1) if place >= 0 else None
-    offset = asking + 1 - len(encoded[2 * number].ids)
-    read, said = encoded[0].ids, encoded[2 * number + 1].ids
-    links: list[Link] = []
-    for step in range(len(said) - 1):
-        if step and (first + step >= len(read) or said[step] != read[first + step]):
-            break
-        if asked is not None and step < BOUND_STEPS:
-            links.append(Link(asking + step, offset + asked, 3))
-        links += _step_links(step, first, last, asking)
-    return links
-
-
-def _quotation_links(
-    begun: str, text: str, encoded: list[Encoding], number: int, asking: int
-) -> list[Link]:
-    """Behind the dots the answer looks at the last quoted word, and at what follows it."""
-    start = text.find(begun)
-    first = encoded[0].char_to_token(start + len(begun) + 1) if start >= 0 else None
-    question, answer = encoded[2 * number], encoded[2 * number + 1]
-    dots = [place for place, token in enumerate(question.tokens) if token == "Ġ."]
-    lead = answer.char_to_token(len("... "))
-    if first is None or lead is None or not dots:
-        return []
-    links = [Link(asking + lead, asking + dots[-1] - len(question.ids), 3)]
-    read = encoded[0].ids[first:]
-    for step, token in enumerate(answer.ids[lead:-1]):
-        if step >= len(read) or token != read[step]:
-            break
-        links.append(Link(asking + lead + step, first + step, 6 if step else 7))
-    return links
-
-
-def _step_links(step: int, first: int, last: int, asking: int) -> Iterator[Link]:
-    """Links of token `step` of a value that begins at `first`, with the name ending at `last`."""
-    if first > last:
-        if step < BOUND_STEPS:
-            yield Link(first + step, last, 0)
-        yield Link(asking + step, first + step, 6 if step else 4)
-    elif step < 2:
-        yield Link(last, first + step, 1 + step)
-        yield Link(asking + step, last, 5)
-    else:
-        yield Link(asking + step, first + step, 6)

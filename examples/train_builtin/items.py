@@ -10,14 +10,9 @@ from tokenizers import Tokenizer
 from draftsieve.core.evaluation.world.facts import Fact
 
 from .generator import SYSTEM, user_message
-from .questions import (
-    MAKERS,
-    Turn,
-    index_scene,
-    one_fact,
-    unanswerable,
-)
+from .questions import MAKERS, index_scene, one_fact, unanswerable
 from .scenes import Scene, SceneOptions, make_scene
+from .turns import Turn
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .links import EVIDENCE_KINDS, LINK_KINDS
+
 ROPE_BASE = 1e5
 NORM_EPS = 1e-5
 CHUNK = 128  # queries whose attention is computed at once
@@ -146,6 +148,24 @@ def link_attention(q: Tensor, k: Tensor, links: Tensor, batch: int) -> Tensor:
     # 3. back to links
     logs = scores.log_softmax(-1).unflatten(2, (-1, groups))
     return logs[row, :, place, :, found].flatten(1)
+
+
+def link_loss(seen: Tensor | None, links: Tensor | None) -> Tensor:
+    """How far the model is from one head for each kind of link: seen is (links, layers, heads).
+
+    The answer's look at the fact is the business of the upper half of the layers, what prepares it
+    that of the lower ones but the first. A head must serve all links of a kind in the batch: the
+    best head of each single link would be content with heads that look at one fact each.
+    """
+    if seen is None or links is None or not len(seen):
+        return torch.zeros(())
+    middle, losses = seen.shape[1] // 2, []
+    for kind in range(len(LINK_KINDS)):
+        chosen = seen[links[:, 3] == kind]
+        if len(chosen):
+            layers = slice(middle, None) if kind in EVIDENCE_KINDS else slice(1, middle)
+            losses.append(-chosen[:, layers].mean(0).amax())
+    return torch.stack(losses).mean()
 
 
 def after_attention(

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from draftsieve.core.evaluation.world.facts import Attribute, shares_only_name
 from draftsieve.core.evaluation.world.names import ENTITY_TYPES, KINDS, make_name
 
+from .natural import cloze, quotation
 from .scenes import Scene, Stated, attributes
+from .turns import Sought, Turn
 
 NOT_FOUND = "not in the passages"
 _PEOPLE_FORMS = ("the {l} of {e}", "the {l} of {e}", "{e}'s {l}")
@@ -19,36 +21,6 @@ _WHICH_FORMS = (
     "In which passage is this answered: {q}",
     "Give the number of the passage with the {l} of {e}.",
 )
-_QUOTE_FORMS = (
-    'Complete the quotation: "{s} ..."',
-    'How does this sentence go on: "{s} ..."',
-    'What follows the words "{s} ..."?',
-)
-
-
-_CLOZE_FORMS = (
-    'Which word is missing: "{s}"?',
-    'What stands at the gap: "{s}"?',
-    'Fill the gap: "{s}".',
-)
-_AROUND_FORMS = (
-    "Which word stands in one sentence with {k}?",
-    "What goes with {k}?",
-)
-BLANK = "___"
-
-
-@dataclass(frozen=True, slots=True)
-class Turn:
-    """One question and its only right answer."""
-
-    question: str
-    answer: str
-    type: str
-    distant: bool = False  # shares only the entity's name with the fact
-    value_first: bool = False  # the fact names its value before its entity
-    evidence: Stated | None = None  # where the answer begins
-    begun: str | None = None  # the quoted beginning of a sentence, of which the answer is the rest
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +65,7 @@ def one_fact(rng: random.Random, index: _Index, distant: bool | None = None) -> 
     question = word_question(rng, fact.attribute, fact.entity, distant)
     only_name = shares_only_name(question, stated.sentence, fact.entity, fact.value)
     value_first = stated.sentence.find(fact.value) < stated.sentence.find(fact.entity)
-    return Turn(question, fact.value, "one-fact", only_name, value_first, stated)
+    return Turn(question, fact.value, "one-fact", only_name, value_first, (Sought(stated),))
 
 
 def two_facts(rng: random.Random, index: _Index) -> Turn | None:
@@ -116,7 +88,8 @@ def two_facts(rng: random.Random, index: _Index) -> Turn | None:
         left = word_question(rng, a.attribute, a.entity)
         right = word_question(rng, b.attribute, b.entity)
         question = f"{left} {right}"
-    return Turn(question, f"{a.value} and {b.value}", "two-fact", evidence=first)
+    evidence = Sought(first), Sought(second, len(a.value) + len(" and "))
+    return Turn(question, f"{a.value} and {b.value}", "two-fact", evidence=evidence)
 
 
 def all_values(rng: random.Random, index: _Index) -> Turn | None:
@@ -127,14 +100,19 @@ def all_values(rng: random.Random, index: _Index) -> Turn | None:
     group = rng.choice(groups)
     fact = group[0].fact
     question = word_question(rng, fact.attribute, fact.entity)
-    values = ", ".join(s.fact.value for s in group)
-    return Turn(question, values, "all-values", evidence=group[0])
+    evidence, answer = [], ""
+    for number, stated in enumerate(group):
+        answer += ", " if number else ""
+        before = group[number - 1] if number else None
+        evidence.append(Sought(stated, len(answer), before=before))
+        answer += stated.fact.value
+    return Turn(question, answer, "all-values", evidence=tuple(evidence))
 
 
 def two_hop(rng: random.Random, index: _Index) -> Turn | None:
-    """A property of a person or company that is itself a value."""
+    """A property of a person or company that is itself a value; the answer names both."""
     chains = [
-        (link.fact, target)
+        (link, target)
         for link in index.single
         if link.fact.attribute.value_type in ENTITY_TYPES
         for target in index.single
@@ -142,11 +120,13 @@ def two_hop(rng: random.Random, index: _Index) -> Turn | None:
     ]
     if not chains:
         return None
-    link, found = rng.choice(chains)
-    target = found.fact
+    way, found = rng.choice(chains)
+    link, target = way.fact, found.fact
     middle = f"the {link.attribute.label} of {link.attribute.article}{link.entity}"
     question = word_question(rng, target.attribute, middle)
-    return Turn(question, target.value, "two-hop", evidence=found)
+    answer = f"{link.value}: {target.value}"
+    evidence = Sought(way), Sought(found, len(link.value) + len(": "), said=0)
+    return Turn(question, answer, "two-hop", evidence=evidence)
 
 
 def which_passage(rng: random.Random, index: _Index) -> Turn | None:
@@ -161,7 +141,8 @@ def which_passage(rng: random.Random, index: _Index) -> Turn | None:
         e=fact.attribute.article + fact.entity,
         q=word_question(rng, fact.attribute, fact.entity),
     )
-    return Turn(question, f"[{stated.passage}]", "which")
+    evidence = (Sought(stated, len("["), number=True),)
+    return Turn(question, f"[{stated.passage}]", "which", evidence=evidence)
 
 
 def unanswerable(rng: random.Random, index: _Index, held_out: bool) -> Turn | None:
@@ -185,67 +166,23 @@ def unanswerable(rng: random.Random, index: _Index, held_out: bool) -> Turn | No
     return Turn(word_question(rng, attribute, entity), NOT_FOUND, "unanswerable")
 
 
-def quotation(rng: random.Random, index: _Index) -> Turn | None:
-    """The rest of a sentence of natural text."""
-    candidates = [s for s in index.scene.natural if 6 <= len(s.split()) <= 16]
-    if not candidates:
-        return None
-    words = rng.choice(candidates).split()
-    start = rng.randrange(max(3, len(words) - 10), len(words) - 1)
-    begun = " ".join(words[:start])
-    question = rng.choice(_QUOTE_FORMS).format(s=begun)
-    # behind "..." words have the same tokens as in the passage
-    return Turn(question, f"... {' '.join(words[start:])}", "quotation", begun=begun)
-
-
-def cloze(rng: random.Random, index: _Index) -> Turn | None:
-    """A number, a name or a long word that was taken out of a sentence of natural text.
-
-    The question gives the words around it, or some words of the sentence in another order.
-    """
-    candidates = [s for s in index.scene.natural if 6 <= len(s.split()) <= 24]
-    if not candidates:
-        return None
-    raw = rng.choice(candidates).split()
-    words = [word.strip(" ,.;:!?()'\"") for word in raw]
-    wanted = [n for n, word in enumerate(words) if n and _worth_asking(word, words)]
-    if not wanted:
-        return None
-    number = rng.choice(wanted)
-    if rng.random() < 0.5:
-        raw[number] = raw[number].replace(words[number], BLANK)
-        start = max(0, number - rng.randrange(3, 8))
-        text = " ".join(raw[start : number + rng.randrange(3, 8)])
-        return Turn(rng.choice(_CLOZE_FORMS).format(s=text), words[number], "cloze")
-    others = [w for n, w in enumerate(words) if n != number and len(w) > 3]
-    if len(others) < 3:
-        return None
-    keys = rng.sample(others, min(len(others), rng.randrange(3, 6)))
-    question = rng.choice(_AROUND_FORMS).format(k=", ".join(f'"{key}"' for key in keys))
-    return Turn(question, words[number], "cloze")
-
-
-def _worth_asking(word: str, words: list[str]) -> bool:
-    telling = word[:1].isdigit() or word[:1].isupper() or len(word) >= 6
-    return telling and words.count(word) == 1
-
-
 MAKERS: dict[str, tuple[float, Callable[[random.Random, _Index], Turn | None]]] = {
-    "one-fact": (0.60, one_fact),
+    "one-fact": (0.45, one_fact),
     "two-fact": (0.08, two_facts),
-    "all-values": (0.07, all_values),
+    "all-values": (0.12, all_values),
     "two-hop": (0.09, two_hop),
-    "which": (0.06, which_passage),
-    "quotation": (0.05, quotation),
-    "cloze": (0.05, cloze),
+    "which": (0.07, which_passage),
+    "quotation": (0.05, lambda rng, index: quotation(rng, index.scene.natural)),
+    "cloze": (0.12, lambda rng, index: cloze(rng, index.scene.natural)),
 }
+NATURAL_MAKERS = ("quotation", "cloze")
 
 
 def make_turns(rng: random.Random, scene: Scene, held_out: bool) -> Iterator[Turn]:
     """Endless different questions about a scene, until it has no more."""
     index = index_scene(scene)
-    names = [*MAKERS, "unanswerable"]
-    weights = [*(weight for weight, _ in MAKERS.values()), 0.08]
+    names = [*(MAKERS if scene.stated else NATURAL_MAKERS), "unanswerable"]
+    weights = [*(MAKERS[name][0] for name in names[:-1]), 0.06]
     seen: set[str] = set()
     failures = unanswered = 0
     while failures < 30:
@@ -270,4 +207,4 @@ def easy_turns(rng: random.Random, scene: Scene) -> Iterator[Turn]:
     for stated in rng.sample(scene.stated, len(scene.stated)):
         fact = stated.fact
         question = word_question(rng, fact.attribute, fact.entity, distant=False)
-        yield Turn(question, fact.value, "one-fact", evidence=stated)
+        yield Turn(question, fact.value, "one-fact", evidence=(Sought(stated),))

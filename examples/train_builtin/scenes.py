@@ -56,6 +56,8 @@ class SceneOptions:
     fragments: bool | None = None
     # one attribute, always entity before value or always after it, nothing else: pure matching
     easy: Literal["forward", "backward"] | None = None
+    lists: bool = False  # everything of a kind has several values of one attribute, if any can
+    running: bool = False  # natural text in runs of neighbouring sentences, as of one document
 
 
 @cache
@@ -88,6 +90,11 @@ class _Builder:
             kind: rng.sample(attributes()[kind], rng.randrange(1 + focus, most + 1))
             for kind in kinds
         }
+        if options.lists:
+            for kind, chosen in self.chosen.items():
+                several = [attribute for attribute in attributes()[kind] if attribute.multi]
+                if several and several[0] not in chosen:
+                    chosen[0] = several[0]
         self.density = rng.uniform(0.4, 1.0)
         if options.easy:
             # mostly the kind whose names are one root: the first thing to match
@@ -170,13 +177,18 @@ def make_scene(rng: random.Random, options: SceneOptions, corpus: list[str]) -> 
         units.extend([list(group)] if together else [[pair] for pair in group])
     natural_left = options.characters * share
     everyone = [name for names in builder.names.values() for name in names]
+    if options.running:
+        near, place = rng.choice((200, 1000, len(corpus))), rng.randrange(len(corpus))
     while natural_left > 0:
-        if rng.random() < 0.15:
-            text = rng.choice(_FILLERS).format(e=rng.choice(everyone))
+        if options.running:
+            start = (place + rng.randrange(near)) % len(corpus)
+            texts = corpus[start : start + rng.randrange(1, 7)]
+        elif rng.random() < 0.15:
+            texts = [rng.choice(_FILLERS).format(e=rng.choice(everyone))]
         else:
-            text = rng.choice(corpus)
-        natural_left -= len(text) + 1
-        units.append([(None, text)])
+            texts = [rng.choice(corpus)]
+        natural_left -= sum(len(text) + 1 for text in texts)
+        units.append([(None, text) for text in texts])
     rng.shuffle(units)
 
     # 2. passages of a few units

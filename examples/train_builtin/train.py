@@ -24,9 +24,9 @@ from numpy.typing import NDArray
 from torch import Tensor, distributed
 
 from .batches import DEV_SEED, LONGEST, PHASES, TYPES, Batch, BatchSource, make_batch
+from .distil import Teacher, distil_loss
 from .export import export
-from .generator import EVIDENCE_KINDS, LINK_KINDS
-from .model import PLAIN, SHAPES, Arithmetic, LeanLlama, rope_tables
+from .model import PLAIN, SHAPES, Arithmetic, LeanLlama, link_loss, rope_tables
 
 logger = logging.getLogger(__name__)
 WARMUP_STEPS = 100
@@ -78,10 +78,11 @@ class Run:
             for length in phase.lengths
         }
         torch._dynamo.config.recompile_limit = 64  # one form per length and mode
+        self.teacher = Teacher(options.teacher, self.device) if options.teacher else None
         self.arithmetic = Arithmetic.compiled() if options.compile else PLAIN
 
-    def predict(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Losses and hits (picked,) of a batch, and the loss of its links."""
+    def predict(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Losses and hits (picked,) of a batch, the loss of its links, and that to the teacher."""
         length = batch.ids.shape[1]
         cos, sin = self.tables[length]
         ids = torch.from_numpy(batch.ids).to(self.device)
@@ -93,9 +94,14 @@ class Run:
             links = torch.from_numpy(batch.links).to(self.device) if self.link_weight else None
             arithmetic = self.arithmetic if worth else PLAIN
             logits, seen = self.model(ids, cos, sin, picked, arithmetic, links)
+            taught = torch.zeros(())
+            if self.teacher and torch.is_grad_enabled():
+                asked = torch.from_numpy(answer_mask(batch)).to(self.device)
+                answers = self.teacher.logits(ids, picked[asked], arithmetic)
+                taught = distil_loss(logits[asked].float(), answers)
         logits = logits.float()
         losses = F.cross_entropy(logits, wanted, reduction="none")
-        return losses, logits.argmax(-1) == wanted, link_loss(seen, links)
+        return losses, logits.argmax(-1) == wanted, link_loss(seen, links), taught
 
     @property
     def progress(self) -> float:
@@ -122,9 +128,10 @@ class Run:
         """One step."""
         started = time.perf_counter()
         self.set_rate()
-        losses, hits, missed = self.predict(batch)
+        losses, hits, missed, taught = self.predict(batch)
         weight = torch.from_numpy(batch.weight).to(self.device)
-        loss = (losses * weight).sum() / weight.sum() + self.link_weight * missed
+        loss = (losses * weight).sum() / weight.sum()
+        loss = loss + self.link_weight * missed + self.options.distil * taught
         loss.backward()  # type: ignore[no-untyped-call]
         answers = torch.from_numpy(answer_mask(batch)).to(self.device)
         right, lost, count, seconds = self.average(
@@ -186,7 +193,7 @@ class Run:
                 self.options.work,
                 held_out=True,
             )
-            _, hits, _ = self.predict(batch)
+            hits = self.predict(batch)[1]
             exact = [True] * len(batch.types)
             for group, hit in zip(batch.group.tolist(), hits.tolist(), strict=True):
                 if group >= 0 and not hit:
@@ -214,24 +221,6 @@ class Run:
             optimiser.load_state_dict(saved)
         for name, value in state["counters"].items():
             setattr(self, name, value)
-
-
-def link_loss(seen: Tensor | None, links: Tensor | None) -> Tensor:
-    """How far the model is from one head for each kind of link: seen is (links, layers, heads).
-
-    The answer's look at the fact is the business of the upper half of the layers, what prepares it
-    that of the lower ones but the first. A head must serve all links of a kind in the batch: the
-    best head of each single link would be content with heads that look at one fact each.
-    """
-    if seen is None or links is None or not len(seen):
-        return torch.zeros(())
-    middle, losses = seen.shape[1] // 2, []
-    for kind in range(len(LINK_KINDS)):
-        chosen = seen[links[:, 3] == kind]
-        if len(chosen):
-            layers = slice(middle, None) if kind in EVIDENCE_KINDS else slice(1, middle)
-            losses.append(-chosen[:, layers].mean(0).amax())
-    return torch.stack(losses).mean()
 
 
 def answer_mask(batch: Batch) -> NDArray[np.bool_]:
@@ -314,6 +303,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--decay", type=float, default=0.3, help="share of the budget")
     parser.add_argument("--links", type=float, default=0.0, help="weight of the evidence loss")
     parser.add_argument("--links-until", type=float, default=0.5, help="share of the budget")
+    parser.add_argument("--teacher", type=Path, help="exported target to distil the draft on")
+    parser.add_argument("--distil", type=float, default=1.0, help="weight of the teacher's loss")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--device", default="cpu")
