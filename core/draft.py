@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from .cache import can_join
 from .capture import observing, visible_keys
 from .config import SpecPC
 from .deadline import check_deadline
 from .errors import ModelError
 from .head_weights import HeadWeights, head_weights
+from .joining import can_join
 from .reading import mask_left, read_prompts, similar
 from .scoring import attention_probabilities, reduce_heads, reduce_rows, row_weights
 from .types import DraftReading

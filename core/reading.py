@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 from transformers import Cache, PreTrainedModel
 
-from .cache import StoppableCache, can_join, join_caches
+from .cache import StoppableCache
+from .joining import can_join, join_caches
 
 TOGETHER = {"cpu": 512}  # tokens of one pass over several prompts, padding included, by device
 MOST_TOGETHER = 16_384  # on other devices

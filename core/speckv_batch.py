@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedModel
 
-from .cache import join_evicted
 from .config import SpecKV
 from .decode import Start
+from .joining import join_evicted
 from .memory import Memory
 from .reading import passes_of
 from .speckv import evict
