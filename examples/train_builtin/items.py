@@ -46,6 +46,8 @@ CELLS = (
     Cell("all-values, 1,000 tokens", "all-values", 1000, 25, 35),
     Cell("two-hop, 1,000 tokens", "two-hop", 1000, 25, 35),
     Cell("cloze, 500 tokens", "cloze", 500, 0, 20),
+    Cell("one-fact, 4,000 tokens", "one-fact", 4000, 60, 160),
+    Cell("one-fact, 7,800 tokens", "one-fact", 7800, 120, 320),
 )
 LEAST_SAME, LEAST_OTHER = 8, 4  # facts of the asked attribute; others about things of its kind
 
