@@ -67,7 +67,7 @@ def llm(**options: Any) -> DraftSieveLLM:
 
 
 def sieve(**options: Any) -> DraftSievePostprocessor:
-    method = SpecPC(ratio=0.4, unit="sentence")
+    method = SpecPC(ratio=0.25, unit="sentence")  # room for one sentence
     return DraftSievePostprocessor(compressor=pair().compressor, **{"method": method, **options})
 
 
