@@ -52,6 +52,7 @@ class TreeReader:
         self.model, self.cache, self._mask = model, cache, mask
         self.length = mask.shape[1]  # tokens that stay
         self._ancestors: list[list[int]] = []  # of each node behind them, itself included
+        self._text_mask: torch.Tensor | None = None  # of the newest pass, if it read no branches
         cache.layers = [_widened(layer) for layer in cache.layers]
         config = model.config.get_text_config()
         windows = [la.sliding_window for la in cache.layers if isinstance(la, WideWindowLayer)]
@@ -86,8 +87,9 @@ class TreeReader:
         device = self._mask.device
         positions = torch.tensor([depths], device=device) + self.length  # (1, nodes)
         mask: Any
+        self._text_mask = None
         if list(parents) == list(range(-1, len(tokens) - 1)) and not before:  # just a text
-            mask = torch.cat([self._mask, torch.ones_like(positions)], dim=1)
+            mask = self._text_mask = torch.cat([self._mask, torch.ones_like(positions)], dim=1)
         else:
             mask = self._tree_mask(before, depths)
         with torch.no_grad(), attending(self.model, self.cache):
@@ -103,11 +105,14 @@ class TreeReader:
     def keep(self, path: Sequence[int]) -> None:
         """Keep the nodes of a path from the root on, in their order; forget the others."""
         nodes = len(self._ancestors)
-        for layer in self._layers():
-            if layer.is_initialized:
-                _keep_path(layer, nodes, path, self.length + len(path))
+        text = self._text_mask if len(path) == nodes else None  # all of it stays where it is
+        if text is None or self._window is not None:
+            for layer in self._layers():
+                if layer.is_initialized:
+                    _keep_path(layer, nodes, path, self.length + len(path))
         self.length += len(path)
-        self._mask = torch.cat([self._mask, self._mask.new_ones(1, len(path))], dim=1)
+        added = self._mask.new_ones(1, len(path))
+        self._mask = torch.cat([self._mask, added], dim=1) if text is None else text
         self._ancestors = []
 
     def _layers(self) -> list[Any]:

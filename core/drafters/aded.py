@@ -46,6 +46,7 @@ class AdedDrafter:
         return self._search(self.store.successors, context[-2], context[-1], self.nodes)
 
     def observe(self, accepted: Sequence[int]) -> None:
-        """The online update, over the last 16 tokens."""
+        """The online update, over the last 16 tokens, or all that is new where that is more."""
+        newest = [*self._newest, *accepted]
+        self.store.reinforce(newest[-max(WINDOW, len(accepted) + 2) :])
         self._newest.extend(accepted)
-        self.store.reinforce(list(self._newest))

@@ -4,7 +4,7 @@ A pass over a tree takes longer than one over a token, by how much depends on mo
 prompt; how many tokens it gives depends on the text. Both are measured, and the number of nodes
 with the most tokens a second is taken, which may be none. While nothing is drafted, guesses are
 still made now and then and compared with what the target says, without letting it read them: this
-costs half a hundredth of the time, and drafting begins as soon as it would have paid.
+costs a third of a hundredth of the time, and drafting begins as soon as it would have paid.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ _MARGIN = 1.02  # drafting must give this many times the tokens a second of plai
 _NEW_TIME, _NEW_GAIN = 0.2, 0.15  # weights of the newest measurement
 _NEW_HABIT = 0.05  # weight of the newest gain in what later requests start from
 _FORGET = 0.001  # of what a tree costs more than nothing, at each plain pass
-_TOGETHER = 8  # tokens of plain passes that the drafter is told together
+_TOGETHER = 32  # tokens of plain passes that the drafter is told together
 _WATCHED = 2  # right guesses after which watching has seen enough
-_WATCHING = 0.005  # share of the time that watching may take
+_WATCHING = 0.003  # share of the time that watching may take
 
 
 class Pace:
