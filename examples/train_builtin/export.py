@@ -98,7 +98,7 @@ def main() -> None:
     parser.add_argument("--model", choices=sorted(SHAPES), required=True)
     parser.add_argument("--source", type=Path, required=True, help="folder with checkpoint.pt")
     parser.add_argument("--tokenizer", type=Path, default=Path(".work/tokenizer"))
-    parser.add_argument("--longest", type=int, default=8448, help="longest trained length")
+    parser.add_argument("--longest", type=int, default=4608, help="longest prompt and answer")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     model = LeanLlama(SHAPES[options.model])

@@ -85,7 +85,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(".work/tokenizer"))
     options = parser.parse_args()
     corpus = natural_sentences(options.corpus / "sentences.txt")
-    save_tokenizer(train_tokenizer(corpus), options.out, 8448)
+    save_tokenizer(train_tokenizer(corpus), options.out, 4608)
 
 
 if __name__ == "__main__":
