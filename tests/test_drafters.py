@@ -621,3 +621,11 @@ def test_the_command_line_builds_a_store(
     assert str(len(store)) in capsys.readouterr().out
     assert main(["drafts", "build", "--target", str(tmp_path / "model"), "--out", str(out)]) == 1
     assert "--docs" in capsys.readouterr().err
+
+
+def test_a_long_chunk_is_learnt_whole() -> None:
+    store, tokens = TrigramStore(), list(range(100, 150))
+    drafter = AdedDrafter(store, tokens[:5])
+    drafter.observe(tokens[5:])
+    for first, second, third in zip(tokens[3:], tokens[4:], tokens[5:], strict=False):
+        assert drafter.propose([first, second]).tokens[:1] == (third,)
