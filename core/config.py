@@ -63,6 +63,10 @@ class SpecPC(Options):
             "sentence" or "passage", which never cuts a number, identifier or URL.
         unit_score: A sentence or passage counts as its best token ("max") or as the mean of its
             tokens ("mean").
+        lexical_weight: Share in 0..1 of what a sentence or passage counts that comes from BM25,
+            the words it has in common with the question; the draft's score makes up the rest, both
+            as shares of the best one's. 0 asks the draft alone, as in the paper. Needs
+            `unit="sentence"` or `unit="passage"`.
         passage_floor: Units that every passage is sure of, its best ones, before all others
             compete; given out best first while the budget lasts.
         score_mass: Keep the best units only until they hold this share of the scores of all
@@ -95,6 +99,7 @@ class SpecPC(Options):
     weighted_query: bool = True
     unit: Unit = "token"
     unit_score: Pool = "max"
+    lexical_weight: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
     passage_floor: Annotated[int, Field(ge=0, strict=True)] = 0
     score_mass: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
     head_weights: str | Path | None = None
@@ -108,6 +113,15 @@ class SpecPC(Options):
     @classmethod
     def _one_budget(cls, values: object) -> object:
         return _one_budget(values, 1024)
+
+    @model_validator(mode="after")
+    def _words_of_units(self) -> SpecPC:
+        if self.lexical_weight and self.unit not in ("sentence", "passage"):
+            raise ValueError(
+                "lexical_weight compares the question with whole units: set unit to 'sentence' or "
+                f"'passage', it is {self.unit!r}."
+            )
+        return self
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> SpecPC:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from .config import SpecPC
+from .lexical import bm25
 from .scoring import pool
 from .selection import enough, floor_first, rank
 from .types import PromptTokens, Span
@@ -42,19 +43,25 @@ class KeptText:
 
 
 def rank_units(
-    texts: Sequence[str], tokens: PromptTokens, scores: torch.Tensor, options: SpecPC
+    texts: Sequence[str],
+    tokens: PromptTokens,
+    scores: torch.Tensor,
+    options: SpecPC,
+    question: str = "",
 ) -> RankedUnits:
     """Order the passages' units by the moment at which they are taken.
 
     Tokens and words follow the paper's order (pooled score, then neighbours); sentences and
-    passages are ordered by their best token, or by the mean of their tokens. Protected tokens lend
-    nothing to their neighbours. Passages with an empty text take no part.
+    passages are ordered by their best token or by the mean of their tokens, mixed with BM25 where
+    the options say so. Protected tokens lend nothing to their neighbours. Passages with an empty
+    text take no part.
 
     Args:
         texts: The passages' texts.
         tokens: The prompt.
         scores: (tokens,) from the draft.
-        options: Pooling, neighbours, unit, floor and adaptive budget.
+        options: Pooling, neighbours, unit, its score, floor and adaptive budget.
+        question: What BM25 looks for.
     """
     competing = _competing(texts, tokens)
     scores = scores * competing
@@ -68,7 +75,11 @@ def rank_units(
         _, first = np.unique(units, return_index=True)
         ordered = units[np.sort(first)]
     else:
-        ordered = np.argsort(-_unit_scores(unit_of, scores, len(table), options), kind="stable")
+        worth = _unit_scores(unit_of, scores, len(table), options)
+        if options.lexical_weight:
+            words = bm25(question, [texts[index][start:end] for index, start, end in table])
+            worth = _mixed(worth, np.array(words), options.lexical_weight)
+        ordered = np.argsort(-worth, kind="stable")
     if options.passage_floor:
         groups = torch.from_numpy(table[ordered, 0])
         ordered = ordered[floor_first(groups, options.passage_floor).numpy()]
@@ -93,6 +104,13 @@ def _unit_scores(
     sizes = np.bincount(unit_of[inside], minlength=units)
     means = _sums(unit_of, scores, units) / np.maximum(sizes, 1)
     return np.where(sizes > 0, means, worth)
+
+
+def _mixed(worth: np.ndarray, words: np.ndarray, share: float) -> np.ndarray:
+    """(units,) both as shares of their best, the words with `share`; -1 without tokens stays."""
+    best, most = worth.max(initial=0.0), words.max(initial=0.0)
+    mixed = (1 - share) * worth / (best or 1.0) + share * words / (most or 1.0)
+    return np.where(worth < 0, worth, mixed)
 
 
 def _sums(unit_of: np.ndarray, scores: torch.Tensor, units: int) -> np.ndarray:

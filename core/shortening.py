@@ -146,7 +146,7 @@ class Shortener:
             texts = only_best(texts, tokens, scores, method.max_passages)
             kept = fit(
                 texts,
-                rank_units(texts, tokens, scores, method),
+                rank_units(texts, tokens, scores, method, prompt.question),
                 limit=budget.limit,
                 first_guess=budget.first_guess(tokens),
                 measure=lambda short: budget.measure(self.encoder.encode(prompt.with_texts(short))),

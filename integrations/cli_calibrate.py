@@ -78,9 +78,9 @@ def calibrate(arguments: argparse.Namespace) -> None:
 def _items(arguments: argparse.Namespace, compressor: Compressor) -> list[EvalItem]:
     from ..core.evaluation.calibration import SEED
     from ..core.evaluation.puzzles import TASKS
-    from ..core.evaluation.scorers import bm25
     from ..core.evaluation.squad import read_article
     from ..core.evaluation.tasks import make_items, natural_items
+    from ..core.lexical import bm25
 
     seed = SEED if arguments.seed is None else arguments.seed
     article = None if arguments.data is None else read_article(arguments.data)

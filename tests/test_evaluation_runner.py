@@ -39,6 +39,7 @@ from draftsieve.core.evaluation.summary import (
     natural_table,
 )
 from draftsieve.core.evaluation.tasks import EvalItem, make_item
+from draftsieve.core.lexical import bm25
 from draftsieve.core.models import LoadedModel
 from draftsieve.integrations import cli
 from draftsieve.retrievers.bm25 import Bm25Index
@@ -226,11 +227,11 @@ def test_truncation_keeps_the_end_or_both_ends() -> None:
 
 def test_bm25_ranks_as_the_retriever_does() -> None:
     sentences = [s + "." for text in TEXTS for s in text.split(". ")]
-    own = scorers.bm25(QUESTION, sentences)
+    own = bm25(QUESTION, sentences)
     found = Bm25Index.from_texts(sentences).search(QUESTION, len(sentences))
     theirs = {passage.text: score for passage, score in found}
     assert own == pytest.approx([theirs[sentence] for sentence in sentences], rel=1e-5)
-    assert scorers.bm25("nothing alike", ["a b"]) == [0.0]
+    assert bm25("nothing alike", ["a b"]) == [0.0]
 
 
 @pytest.mark.parametrize("score", [scorers.tfidf, scorers.lsa])

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
+from pydantic import ValidationError
 
 from draftsieve import Prompt, SpecPC
 from draftsieve.core.capture import visible_keys
@@ -120,6 +122,35 @@ def test_a_sentence_counts_by_its_best_token_or_by_its_mean() -> None:
     mean = rank_units(TEXTS, tokens, scores, SpecPC(ratio=0.5, unit="sentence", unit_score="mean"))
     assert best.passage[0] == 1
     assert mean.passage[0] == 2
+
+
+def test_words_of_the_question_count_with_their_share() -> None:
+    tokens, scores = scored({3: 0.9, 5: 0.6})  # "Children travel free." and the museum
+
+    def order(weight: float, question: str = QUESTION) -> list[tuple[int, int]]:
+        options = SpecPC(ratio=0.5, unit="sentence", lexical_weight=weight)
+        ranked = rank_units(TEXTS, tokens, scores, options, question)
+        return list(zip(ranked.passage.tolist(), ranked.start.tolist(), strict=True))
+
+    assert order(0.0)[:2] == [(1, TEXTS[1].index("Children")), (2, 0)]
+    assert order(1.0)[:2] == [(0, 0), (2, 0)]  # "the ferry to Holm", then "of Holm"
+    assert order(0.5)[:2] == [(2, 0), (0, 0)]  # the museum has something of both
+    assert order(0.3)[:2] == [(1, TEXTS[1].index("Children")), (2, 0)]
+    assert order(0.5, "") == order(0.0)  # no words, so the draft alone decides
+    assert set(order(0.5)) == set(order(0.0))
+
+
+def test_words_are_compared_with_whole_units_only() -> None:
+    with pytest.raises(ValidationError, match="set unit to 'sentence' or 'passage'"):
+        SpecPC(lexical_weight=0.5)
+    assert SpecPC(unit="passage", lexical_weight=0.5).lexical_weight == 0.5
+
+
+def test_a_compressor_asks_for_the_words_of_the_last_question() -> None:
+    method = SpecPC(ratio=0.3, unit="sentence", lexical_weight=1.0)
+    for question, passage in ((QUESTION, 0), ("Who needs a ticket at the harbour office?", 1)):
+        context = tiny_compressor().compress(question, TEXTS, method)
+        assert max(context.sizes, key=lambda size: size.compressed_tokens) is context.sizes[passage]
 
 
 def test_an_adaptive_budget_stops_at_its_share_of_the_scores() -> None:

@@ -13,7 +13,6 @@ import pytest
 from draftsieve.core.errors import ConfigError, PromptError
 from draftsieve.core.evaluation.metrics import Score, normalised, score_answer, survival, word_f1
 from draftsieve.core.evaluation.puzzles import NOT_FOUND, TASKS, attributes, natural_sentences
-from draftsieve.core.evaluation.scorers import bm25
 from draftsieve.core.evaluation.squad import read_article
 from draftsieve.core.evaluation.tasks import (
     EvalItem,
@@ -23,6 +22,7 @@ from draftsieve.core.evaluation.tasks import (
     natural_items,
 )
 from draftsieve.core.evaluation.world import names
+from draftsieve.core.lexical import bm25
 from draftsieve.core.types import Segment
 
 from .adapters_fixtures import tiny_compressor

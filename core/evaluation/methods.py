@@ -21,6 +21,7 @@ from ..config import SpecKV, SpecKVPC, SpecPC
 from ..errors import ConfigError
 from ..head_weights import head_weights
 from ..kv_scorers import SCORERS
+from ..lexical import bm25
 from ..types import Answer
 from . import scorers, specprefill, surprise
 from .baselines import (
@@ -248,8 +249,8 @@ def _listed() -> tuple[EvalMethod, ...]:
         EvalMethod("specprefill", "prompt", partial(_in_place, _specprefill)),
         _prompt("perplexity", _surprise),
         _prompt("contrastive-perplexity", _contrast),
-        _prompt("bm25-sentences", partial(_sentences, scorers.bm25)),
-        _prompt("bm25-passages", partial(_passages, scorers.bm25)),
+        _prompt("bm25-sentences", partial(_sentences, bm25)),
+        _prompt("bm25-passages", partial(_passages, bm25)),
         _prompt("tfidf-sentences", partial(_sentences, scorers.tfidf), sklearn),
         _prompt("lsa-sentences", partial(_sentences, scorers.lsa), sklearn),
         _prompt("head", partial(_truncated, truncation_head)),
@@ -260,21 +261,26 @@ def _listed() -> tuple[EvalMethod, ...]:
 
 
 METHODS: Mapping[str, EvalMethod] = {method.name: method for method in _listed()}
-# One change each, on top of the paper's settings or of whole sentences.
+# Changes of the paper's settings, one by one, and those that go well together.
 _CHANGES = (
     "unit=sentence",
     "lookahead_tokens=8",
-    "unit=sentence,lookahead_tokens=8",
+    "lookahead_tokens=16",
+    "head_weights=calibrated",
     "unit=sentence,reduction=mean",
     "unit=sentence,reduction=mean-max",
     "unit=sentence,unit_score=mean",
-    "unit=sentence,reduction=mean-max,unit_score=mean",
+    "unit=sentence,lexical_weight=0.5",
     "unit=sentence,passage_floor=1",
     "unit=sentence,score_mass=0.5",
     "unit=sentence,positions=keep",
-    "head_weights=calibrated",
     "unit=sentence,head_weights=calibrated",
-    "unit=sentence,head_weights=calibrated,unit_score=mean",
+    "unit=sentence,lookahead_tokens=8",
+    "unit=sentence,lookahead_tokens=16",
+    "unit=sentence,lookahead_tokens=16,unit_score=mean",
+    "unit=sentence,lookahead_tokens=16,reduction=mean-max",
+    "unit=sentence,lookahead_tokens=16,lexical_weight=0.25",
+    "unit=sentence,lookahead_tokens=16,reduction=mean-max,lexical_weight=0.25",
 )
 GROUPS: Mapping[str, tuple[str, ...]] = {
     "prompt": tuple(name for name, method in METHODS.items() if method.kind == "prompt"),

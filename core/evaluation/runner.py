@@ -18,13 +18,13 @@ from typing import Any
 from tqdm import tqdm
 
 from ..errors import ConfigError, DraftSieveError, OutOfMemoryError
+from ..lexical import bm25
 from ..prompt import DEFAULT_SYSTEM
 from .methods import EvalMethod, Run, find_methods
 from .metrics import score_answer, survival
 from .plots import write_plots
 from .puzzles import TASKS
 from .records import ITEMS, Record, append, open_folder, write_lines
-from .scorers import bm25
 from .shared import Bench, Case
 from .squad import read_article
 from .summary import markdown
