@@ -25,7 +25,9 @@ class Options(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-_PRESETS: dict[str, dict[str, Any]] = {"2026-11": {"unit": "sentence"}}
+_PRESETS: dict[str, dict[str, Any]] = {
+    "2026-11": {"unit": "sentence", "lookahead_tokens": 16, "lexical_weight": 0.25}
+}
 
 
 def _one_budget(values: object, default: int) -> object:
@@ -65,8 +67,8 @@ class SpecPC(Options):
             tokens ("mean").
         lexical_weight: Share in 0..1 of what a sentence or passage counts that comes from BM25,
             the words it has in common with the question; the draft's score makes up the rest, both
-            as shares of the best one's. 0 asks the draft alone, as in the paper. Needs
-            `unit="sentence"` or `unit="passage"`.
+            as shares of the best one's. 0 asks the draft alone, as in the paper. Used with
+            `unit="sentence"` and `unit="passage"`.
         passage_floor: Units that every passage is sure of, its best ones, before all others
             compete; given out best first while the budget lasts.
         score_mass: Keep the best units only until they hold this share of the scores of all
@@ -114,22 +116,15 @@ class SpecPC(Options):
     def _one_budget(cls, values: object) -> object:
         return _one_budget(values, 1024)
 
-    @model_validator(mode="after")
-    def _words_of_units(self) -> SpecPC:
-        if self.lexical_weight and self.unit not in ("sentence", "passage"):
-            raise ValueError(
-                "lexical_weight compares the question with whole units: set unit to 'sentence' or "
-                f"'passage', it is {self.unit!r}."
-            )
-        return self
-
     @classmethod
     def preset(cls, name: str, **changes: Any) -> SpecPC:
         """A dated combination for prompts with passages, beside the paper's settings.
 
         Args:
-            name: "2026-11": whole sentences, ranked by their best token. Better than the paper's
-                settings on the handbook, level on the article (docs/decisions.md).
+            name: "2026-11": whole sentences, scored by the question and by 16 tokens of the
+                draft's guessed answer, a quarter of the score being words in common with the
+                question. Chosen on generated questions and confirmed on others
+                (docs/results.md).
             changes: Options that differ from the preset, such as `ratio=0.3`.
 
         Raises:
@@ -157,7 +152,8 @@ class SpecKV(Options):
         kernel_size: Odd width of the pooling over positions.
         pool: "max", "mean" or None.
         reduction: How rows and the heads of a group are merged, "max" or "mean".
-        lookahead_tokens: Tokens the draft guesses; None means the generation's `max_new_tokens`.
+        lookahead_tokens: Tokens the draft guesses; None means the generation's `max_new_tokens`, at
+            most 256 (`Engine.trace` takes its own `max_new_tokens` as it is).
         scorer: "speckv"; or a baseline that needs no draft: "snapkv", "laq", "tova", "h2o",
             "streaming", "key_norm", "random", and "oracle" (the target's own greedy answer as
             lookahead, an upper bound that costs more than it saves). See `core/kv_scorers/`.

@@ -156,7 +156,9 @@ def test_options_are_checked_at_construction() -> None:
 
 
 def test_presets() -> None:
-    assert SpecPC.preset("2026-11", ratio=0.3) == SpecPC(ratio=0.3, unit="sentence")
+    chosen = SpecPC(ratio=0.3, unit="sentence", lookahead_tokens=16, lexical_weight=0.25)
+    assert SpecPC.preset("2026-11", ratio=0.3) == chosen
+    assert SpecPC.preset("2026-11", lookahead_tokens=1).unit == "sentence"
     with pytest.raises(ConfigError, match="there are"):
         SpecPC.preset("1999-01")
     with pytest.raises(ValidationError):

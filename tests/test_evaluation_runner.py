@@ -37,10 +37,12 @@ from draftsieve.core.evaluation.summary import (
     draft_table,
     markdown,
     natural_table,
+    overview,
 )
 from draftsieve.core.evaluation.tasks import EvalItem, make_item
 from draftsieve.core.lexical import bm25
 from draftsieve.core.models import LoadedModel
+from draftsieve.core.types import Segment
 from draftsieve.integrations import cli
 from draftsieve.retrievers.bm25 import Bm25Index
 
@@ -373,6 +375,22 @@ def test_a_run_writes_everything_and_goes_on(
         run(trained, grid, tmp_path, progress=False)
 
 
+def test_questions_may_come_first_and_a_bar_shows_the_way(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    methods = ("none", "speckv", "specpc", "specpc-keep", "bm25-sentences")
+    grid = small(methods=methods, tasks=("many-keys",), items=1, question_first=True)
+    records = run(bench(), grid, tmp_path)
+    assert {record.method for record in records} == set(methods)
+    assert all(record.question_first and record.error is None for record in records)
+    item = json.loads((tmp_path / "items.jsonl").read_text())
+    prompt = EvalItem.from_json(item).prompt()
+    tokens = bench().draft.encoder.encode(prompt)
+    first = (tokens.segment == int(Segment.QUESTION)).nonzero().max()
+    assert bool(first < (tokens.segment == int(Segment.PASSAGE)).nonzero().min())
+    assert f"{len(methods)}/{len(methods)}" in capsys.readouterr().err
+
+
 def test_prompts_beyond_a_window_are_wrong_answers(tmp_path: Path) -> None:
     grid = small(lengths=(1300,), items=1, tasks=("many-keys",), methods=("none", "head"))
     records = run(bench(), grid, tmp_path, progress=False)
@@ -467,6 +485,22 @@ def test_accuracy_is_paired_and_split_by_the_draft() -> None:
     assert cells_of(accuracy_table(only_half, "none"), "snapkv")["minus none"].startswith("-50.0")
 
 
+def test_lengths_stand_side_by_side() -> None:
+    records = [record(n, "none", True, length=length) for n in range(4) for length in (1000, 2000)]
+    records += [record(n, "head", n < 2, budget=0.25) for n in range(4)]
+    records += [record(n, "head", n < 1, budget=0.25, length=2000) for n in range(4)]
+    text = {"task": "squad", "length": 2000, "survived": True, "budget": 0.25}
+    records += [record(n + 10, "head", False, **text) for n in range(4)]
+    shown = cells_of(overview(records, "none"), "head")
+    assert (shown["1000"][:4], shown["2000"][:4]) == ("50.0", "25.0")
+    assert shown["2000, minus none"].startswith("-75.0 [")
+    assert shown["2000, answer kept in text"].startswith("100.0")
+    assert "1000, answer kept in text" not in shown  # nothing to show
+    assert "## All lengths" in markdown(records, reference="none", title="x")
+    one = [r for r in records if r.length == 1000]
+    assert "## All lengths" not in markdown(one, reference="none", title="x")
+
+
 def test_natural_text_has_its_own_table() -> None:
     records = [
         record(n, "head", False, task="squad", survived=n < 3, sentences_survived=n < 1)
@@ -537,6 +571,10 @@ def test_the_command_measures_and_prints(
     assert "| snapkv | 0.25 |" in printed
     item = json.loads((tmp_path / "out" / "items.jsonl").read_text())
     assert item["system"].startswith("Answer the question using only the passages. Give only")
+
+    data = ["--tasks", "none", "--data", str(squad_file(tmp_path)), "--data-items", "1"]
+    assert cli.main(["eval", *options, *data, "--out", str(tmp_path / "own")]) == 0
+    assert "## Natural text, 300 tokens" in capsys.readouterr().out
 
     assert cli.main(["eval", *options, "--seed", "3", "--out", str(tmp_path / "out")]) == 1
     assert "holds the results of another run" in capsys.readouterr().err

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
 import torch
-from pydantic import ValidationError
 
 from draftsieve import Prompt, SpecPC
 from draftsieve.core.capture import visible_keys
@@ -138,12 +136,6 @@ def test_words_of_the_question_count_with_their_share() -> None:
     assert order(0.3)[:2] == [(1, TEXTS[1].index("Children")), (2, 0)]
     assert order(0.5, "") == order(0.0)  # no words, so the draft alone decides
     assert set(order(0.5)) == set(order(0.0))
-
-
-def test_words_are_compared_with_whole_units_only() -> None:
-    with pytest.raises(ValidationError, match="set unit to 'sentence' or 'passage'"):
-        SpecPC(lexical_weight=0.5)
-    assert SpecPC(unit="passage", lexical_weight=0.5).lexical_weight == 0.5
 
 
 def test_a_compressor_asks_for_the_words_of_the_last_question() -> None:

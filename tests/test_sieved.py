@@ -166,7 +166,7 @@ def test_a_reranker_returns_whole_passages_best_first(sieved: Sieve) -> None:
     order = sorted(range(9), key=lambda i: -scores(9)[i])[:3]
     assert [(f.id, f.text) for f in found] == [(IDS[i], PASSAGES[i]) for i in order]
     assert [f.score for f in found] == pytest.approx([scores(9)[i] for i in order])
-    originals = sieved(k=3, n=3, mode="rerank", order="original")
+    originals = sieved(k=3, n=3, mode="rerank", method=METHOD, order="original")
     assert [f.id for f in originals] == sorted(str(f.id) for f in found)
 
 

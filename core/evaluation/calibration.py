@@ -8,9 +8,11 @@ sentence that the answer needs. Needs scikit-learn; what it gives does not.
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -23,6 +25,7 @@ from ..models import context_window, fingerprint
 from ..scoring import row_weights
 from ..shortening import asking_rows
 from ..types import PromptTokens
+from .puzzles import TASKS
 from .scorers import require_eval
 from .tasks import EvalItem
 
@@ -56,7 +59,11 @@ class _Tokens:
 
 
 def calibrate(
-    compressor: Compressor, items: Sequence[EvalItem], *, progress: bool = True
+    compressor: Compressor,
+    items: Sequence[EvalItem],
+    *,
+    source: str | None = None,
+    progress: bool = True,
 ) -> Calibration:
     """Learn the weights of a draft's heads from questions whose evidence is known.
 
@@ -64,6 +71,8 @@ def calibrate(
         compressor: The draft.
         items: Questions over passages; those without evidence, or longer than the draft's window,
             are left out. One of every five is kept for the check.
+        source: Where the items come from, saved with the weights: the name of a data file. By
+            default "generated", or the task's name for items that are not.
         progress: Show a bar.
 
     Returns:
@@ -93,6 +102,7 @@ def calibrate(
     heads, bias = _fit(taught)
     folder = Path(str(compressor.model.config.name_or_path))
     about = {"items": len(taught), "draft": folder.name}  # its name, not where it lies
+    about |= _origin(items, source)
     weights = HeadWeights(heads.reshape(shape), bias, fingerprint(compressor.model), about)
     upper = min(8, shape[0] // 2) * shape[1]  # the first feature that the paper's setting reads
     return Calibration(
@@ -101,6 +111,18 @@ def calibrate(
         _precision(checked, lambda features: features @ heads),
         _precision(checked, lambda features: features[:, upper:].amax(1)),
     )
+
+
+def _origin(items: Sequence[EvalItem], source: str | None) -> dict[str, Any]:
+    """Source and seed of the items, so that nobody judges the weights on what they learned from.
+
+    The seed stands in the ids; None where they hold none, a list where they hold several.
+    """
+    found = [re.match(rf"{re.escape(i.task)}-{i.length}-(-?\d+)-", i.id) for i in items]
+    seeds = sorted({int(match[1]) for match in found if match})
+    kinds = {"generated" if item.task in TASKS else item.task for item in items}
+    seed = seeds if len(seeds) > 1 else seeds[0] if seeds else None
+    return {"source": source or ", ".join(sorted(kinds)), "seed": seed}
 
 
 def _read(

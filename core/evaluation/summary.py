@@ -22,7 +22,10 @@ def markdown(records: Sequence[Record], *, reference: str, title: str) -> str:
         title: What was measured.
     """
     parts = [f"# {title}"]
-    for length in sorted({record.length for record in records}):
+    lengths = sorted({record.length for record in records})
+    if len(lengths) > 1:
+        parts += ["## All lengths", overview(records, reference)]
+    for length in lengths:
         own = [record for record in records if record.length == length]
         generated = [record for record in own if record.task != NATURAL]
         natural = [record for record in own if record.task == NATURAL]
@@ -39,6 +42,28 @@ def markdown(records: Sequence[Record], *, reference: str, title: str) -> str:
         if refused := sum(record.error is not None for record in own):
             parts.append(f"{refused} runs were refused by their method and count as wrong.")
     return "\n\n".join(parts) + "\n"
+
+
+def overview(records: Sequence[Record], reference: str) -> str:
+    """All lengths side by side: exact match, the paired difference, and what natural text keeps."""
+    lengths = sorted({record.length for record in records})
+    head = ["method", "budget"]
+    for length in lengths:
+        head += [f"{length}", f"{length}, minus {reference}", f"{length}, answer kept in text"]
+    rows = []
+    for (method, budget), own in _cells(records):
+        row = [method, _budget(budget)]
+        for length in lengths:
+            here = [r for r in own if r.length == length]
+            mine = [r for r in here if r.task != NATURAL]
+            base = [r for r in _reference(records, reference, budget) if r.length == length]
+            row.append(interval([r.correct for r in mine]))
+            row.append("" if method == reference else difference(mine, base, lambda r: r.correct))
+            kept = [r.survived for r in here if r.task == NATURAL]
+            row.append(interval([found for found in kept if found is not None]))
+        rows.append(row)
+    shown = [place for place in range(len(head)) if any(row[place] for row in rows)]
+    return table([head[p] for p in shown], [[row[p] for p in shown] for row in rows])
 
 
 def accuracy_table(records: Sequence[Record], reference: str) -> str:
