@@ -43,6 +43,7 @@ class EvictedLayer(DynamicLayer):
         self.reading = True  # the prompt goes by; nothing is stored
         self.before = before  # keys and values of what was read earlier
         self.hidden = 0  # seen tokens that hold no slot
+        self.slots = 0  # of `keys`, those that the prompt fills
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -78,7 +79,8 @@ class EvictedLayer(DynamicLayer):
         self.keys = keys.gather(2, where)
         where = indices.unsqueeze(-1).expand(-1, -1, -1, values.shape[-1])
         self.values = values.gather(2, where)
-        self.hidden = seen - indices.shape[-1]
+        self.slots = indices.shape[-1]
+        self.hidden = seen - self.slots
         self.reading, self.before = False, None
 
     def get_seq_length(self) -> int:
@@ -94,19 +96,23 @@ class EvictedLayer(DynamicLayer):
         return int(self.keys.shape[-2]) + query_length, self.hidden
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Take back the newest tokens; entries kept from the prompt cannot be told apart."""
-        generated = self.get_seq_length() - self.hidden
-        if -tokens_to_remove >= generated > 0:
-            raise ModelError(
-                f"Cannot crop {-tokens_to_remove} tokens of an evicted cache: it holds only "
-                f"{generated} entries, and evicted ones do not come back."
-            )
+        """Take back the newest tokens; entries kept from the prompt stay."""
+        _check_crop(-tokens_to_remove, self.get_seq_length() - self.hidden - self.slots)
         super().crop(tokens_to_remove)
 
     def reset(self) -> None:
         """Forget everything and read again."""
         super().reset()
-        self.reading, self.hidden = True, 0
+        self.reading, self.hidden, self.slots = True, 0, 0
+
+
+def _check_crop(removed: int, later: int) -> None:
+    """Refuse to take back more tokens than came after an eviction."""
+    if removed > later:
+        raise ModelError(
+            f"Cannot crop {removed} tokens of an evicted cache: {later} came after the eviction, "
+            "and evicted ones do not come back."
+        )
 
 
 class UnevenLayer(EvictedLayer):
@@ -152,16 +158,6 @@ class UnevenLayer(EvictedLayer):
         self.values = values.new_empty(*values.shape[:2], 0, values.shape[-1])
         self.hidden = seen
         self.reading, self.before = False, None
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Take back the newest tokens; entries kept from the prompt stay."""
-        later = self.get_seq_length() - self.hidden
-        if -tokens_to_remove > later:
-            raise ModelError(
-                f"Cannot crop {-tokens_to_remove} tokens of an evicted cache: {later} came after "
-                "the eviction, and evicted ones do not come back."
-            )
-        DynamicLayer.crop(self, tokens_to_remove)
 
     def reset(self) -> None:
         """Forget everything and read again."""
@@ -247,6 +243,7 @@ class NewestLayer(DynamicSlidingWindowLayer):
     def __init__(self, sliding_window: int) -> None:
         super().__init__(sliding_window)
         self.reading = True
+        self.seen = 0  # tokens of the prompt
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -262,7 +259,17 @@ class NewestLayer(DynamicSlidingWindowLayer):
         self.lazy_initialization(keys, values)
         first = max(0, seen - self.sliding_window + 1)
         self.keys, self.values = keys[:, :, first:seen].clone(), values[:, :, first:seen].clone()
-        self.cumulative_length, self.reading = seen, False
+        self.cumulative_length, self.seen, self.reading = seen, seen, False
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the newest tokens, as far as the other layers can."""
+        _check_crop(-tokens_to_remove, self.get_seq_length() - self.seen)
+        super().crop(tokens_to_remove)
+
+    def reset(self) -> None:
+        """Forget everything and read again."""
+        super().reset()
+        self.reading, self.seen = True, 0
 
 
 def evicting_cache(

@@ -64,7 +64,7 @@ def join_evicted(parts: Sequence[Cache], rows: Sequence[Sequence[int]]) -> Cache
         values = _aligned([piece.values for piece in pieces], rows, size)
         layer.lazy_initialization(keys, values)
         layer.keys, layer.values = keys, values
-        layer.hidden, layer.reading = seen - size, False
+        layer.hidden, layer.slots, layer.reading = seen - size, size, False
         for piece in pieces:
             piece.keys = piece.values = None
     return joined

@@ -81,7 +81,7 @@ def load_model(
         AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
         model = AutoModelForCausalLM.from_pretrained(source, **options).eval()
-    guard_saving(accept(model))
+    accept(model)
     logger.info("Loaded %s on %s, %.0f MB", name, place, model.get_memory_footprint() / 1e6)
     return LoadedModel(model, tokenizer, str(name))
 
@@ -254,6 +254,7 @@ def accept(model: PreTrainedModel) -> PreTrainedModel:
             "AutoModelForCausalLM."
         )
     model.eval()
+    guard_saving(model)
     warm_up(model)
     return model
 
@@ -273,9 +274,11 @@ def guard_saving(model: PreTrainedModel) -> None:
     """Refuse to give out weights that the CPU has repacked: saved, they would be wrong.
 
     Asking for them would also unpack them in place, below requests that run at the moment.
+    Guarding a model again changes nothing.
     """
     for module in model.modules():
-        if getattr(getattr(module, "weight", None), "quant_state", None) is not None:
+        quantised = getattr(getattr(module, "weight", None), "quant_state", None) is not None
+        if quantised and _refuse_repacked not in module._state_dict_pre_hooks.values():
             module.register_state_dict_pre_hook(_refuse_repacked)  # type: ignore[no-untyped-call]
 
 

@@ -67,10 +67,13 @@ def _without(values: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 @cache
-def build(name: str, implementation: str) -> PreTrainedModel:
+def build(
+    name: str, implementation: str, vocab_size: int = COMMON["vocab_size"]
+) -> PreTrainedModel:
     """A float32 model; all implementations of a family share the same weights."""
     torch.manual_seed(0)
     config = _CONFIGS[name]()
+    config.vocab_size = vocab_size
     model = AutoModelForCausalLM.from_config(config, attn_implementation=implementation)
     generator = torch.Generator().manual_seed(1)
     for parameter in model.parameters():  # sharper attention than the usual initialisation gives

@@ -380,6 +380,10 @@ def test_the_demo_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert demo.main(options) == 0
     out = capsys.readouterr().out
     assert "BM25 sentences" in out
+    for part in ("--method speckv ", "--method speckv-pc "):
+        shown = out.split(f"draftsieve ask ... {part}")[1].split("draftsieve ask ...")[0]
+        whole, kept = map(int, re.findall(r"cache entries a head: (\d+) → (\d+)", shown)[0])
+        assert kept < whole
     assert re.search(r"Wall time \d+ s, peak memory \d+ MiB", out)
     assert page.read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
 

@@ -11,8 +11,9 @@ from runpy import run_path
 
 import pytest
 
-from .adapters_fixtures import EXAMPLES, needs_pair
+from .adapters_fixtures import EXAMPLES, needs_pair, one_thread
 
+__all__ = ["one_thread"]  # used by every test
 ROOT = EXAMPLES.parent
 NAMES = sorted(path.name for path in EXAMPLES.glob("*.py") if path.name != "demo.py")
 
@@ -84,3 +85,28 @@ def test_figures_of_the_event_loop_are_printed() -> None:
     rows = [line.split("|")[1:3] for line in said.splitlines() if line.startswith(("| L", "| n"))]
     assert len(rows) >= 18
     assert all(float(seconds) > 0 for _, seconds in rows)
+
+
+@needs_pair
+@pytest.mark.parametrize(
+    ("name", "rows"),
+    [
+        ("kv_memory", ["| 256 | 64 | 1 ", "| 256 | 64 | 2 "]),
+        ("serving", ["| bundled ", "| random "]),
+        ("session", ["session, int8, SpecKV |", "session, file, SpecKV |"]),
+        ("sparse_prefill", ["| random | 512 ", "| builtin | 512 "]),
+        ("kv_budgets", ["| 512 | N/8 | both ", "both: decoding takes "]),
+    ],
+)
+def test_a_benchmark_of_the_kv_cache_prints_its_rows(
+    name: str,
+    rows: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = EXAMPLES / "benchmarks"
+    monkeypatch.syspath_prepend(folder)
+    assert run_path(str(folder / f"{name}.py"))["main"](["--quick"]) == 0
+    said = capsys.readouterr().out
+    for row in rows:
+        assert row in said

@@ -94,33 +94,45 @@ def _weighs(module: torch.nn.Module) -> bool:
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_a_saved_quantised_model_is_right_or_refused(bits: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("make", "role"), [(_load, "draft"), (_cold, "target"), (_cold, "draft")])
+def test_a_saved_quantised_model_is_right_or_refused(
+    make: Callable[[int], Engine], role: str, bits: int, tmp_path: Path
+) -> None:
     """On CPUs where bitsandbytes repacks 4-bit weights, writing them out would be wrong."""
-    loaded = load_model(
-        "builtin:draft",
-        quantization=Quantization.model_validate({"bits": bits}),
-        device="cpu",
-        progress=False,
-    )
+    model = getattr(make(bits), role)
     ids = torch.arange(10, 40).unsqueeze(0)
     with torch.no_grad():
-        before = loaded.model(ids).logits
-    states = [getattr(m.weight, "quant_state", None) for m in loaded.model.modules() if _weighs(m)]
+        before = model(ids).logits
+    states = [getattr(m.weight, "quant_state", None) for m in model.modules() if _weighs(m)]
+    assert max(len(m._state_dict_pre_hooks) for m in model.modules()) == (bits == 4)
     if any(getattr(state, "packing_format_for_cpu", False) for state in states):
         with pytest.raises(ModelError, match="cannot be saved"):
-            loaded.model.save_pretrained(tmp_path)
+            model.save_pretrained(tmp_path)
         assert not list(tmp_path.glob("*.safetensors"))
     else:
-        loaded.model.save_pretrained(tmp_path)
+        model.save_pretrained(tmp_path)
         again = AutoModelForCausalLM.from_pretrained(tmp_path, device_map={"": "cpu"}).eval()
         with torch.no_grad():
             torch.testing.assert_close(again(ids).logits, before, rtol=1e-3, atol=1e-3)
     with torch.no_grad():
-        assert torch.equal(loaded.model(ids).logits, before)  # asking has changed nothing
+        assert torch.equal(model(ids).logits, before)  # asking has changed nothing
 
 
-def test_quantised_sessions_answer_like_a_new_reading(tmp_path: Path) -> None:
-    engine = _load(8)
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("scorer", ["speckv", "h2o"])
+def test_quantised_streams_are_the_sampled_answer(scorer: str, bits: int) -> None:
+    engine = _load(bits)
+    method = SpecKV.model_validate({"ratio": 0.5, "scorer": scorer})
+    options = Generation(max_new_tokens=6, temperature=1.0, top_p=0.9, seed=3)
+    answer = engine.answer(QUESTION, TEXTS, method=method, generation=options)
+    assert (answer.usage.cache_entries or 999) < answer.usage.prompt_tokens
+    pieces = list(engine.stream(QUESTION, TEXTS, method=method, generation=options))
+    assert "".join(piece.text for piece in pieces) == answer.text != ""
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantised_sessions_answer_like_a_new_reading(bits: int, tmp_path: Path) -> None:
+    engine = _load(bits)
     session = engine.session(TEXTS)
     method = SpecKV(ratio=0.5)
     fresh = engine.answer(QUESTION, TEXTS, method=method, generation=SHORT)

@@ -4,21 +4,33 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
 from pydantic import ValidationError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedTokenizerFast
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 from transformers.masking_utils import eager_mask
 
 from draftsieve import Engine, Generation, Prompt, SpecKV, SpecKVPC, SpecPC
+from draftsieve.core import speckv_batch
 from draftsieve.core.cache import EvictedLayer, cache_bytes
 from draftsieve.core.decode import next_tokens
 from draftsieve.core.errors import BudgetError, ModelError
+from draftsieve.core.joining import join_evicted
 from draftsieve.core.kv_scorers import SCORERS, h2o
-from draftsieve.core.speckv import evict
+from draftsieve.core.lookahead import look_ahead
+from draftsieve.core.reading import pad_left
+from draftsieve.core.speckv import Eviction, evict
 from draftsieve.core.types import PromptTokens
 
 from . import families
@@ -44,6 +56,28 @@ def test_an_answer_tells_what_was_evicted() -> None:
     assert answer.usage.completion_tokens == 10
     again = engine.answer(QUESTION, TEXTS, method=METHOD, generation=SHORT)
     assert again.text == answer.text
+
+
+def test_all_but_the_passages_stays_by_position(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last token is fed again; of a prompt without passages the window stays."""
+    found: list[Eviction] = []
+
+    def recorded(*args: Any) -> Eviction:
+        found.append(evict(*args))
+        return found[-1]
+
+    monkeypatch.setattr(speckv_batch, "evict", recorded)
+    engine, tokens = tiny_engine(), _tokens(TEXTS)
+    story = Prompt.from_messages([{"role": "user", "content": "Tell me a long story. " * 8}])
+    method = SpecKV(ratio=0.3, window_size=6)
+    engine.answer(QUESTION, TEXTS, method=method, generation=SHORT)
+    length = engine.generate(story, method=method, generation=SHORT).usage.prompt_tokens
+    fixed = set(tokens.protected[:-1].nonzero()[:, 0].tolist())
+    assert 0 < len(fixed) < len(tokens) - 1
+    for done, stays in zip(found, (fixed, set(range(length - 7, length - 1))), strict=True):
+        heads = [set(head.tolist()) for layer in done.entries(0) for head in layer]
+        assert len(heads) == 4
+        assert all(stays < head for head in heads)
 
 
 def test_a_capacity_that_holds_everything_changes_nothing_and_skips_the_draft() -> None:
@@ -72,6 +106,25 @@ def test_a_batch_gives_each_row_what_it_gets_alone(method: SpecKV | SpecKVPC) ->
     assert [a.usage for a in together] == [a.usage for a in alone]
 
 
+@pytest.mark.parametrize("scorer", ["speckv", "snapkv"])
+def test_a_batch_of_a_model_with_sliding_windows_is_decoded_row_by_row(scorer: str) -> None:
+    target = families.build("gemma3", "sdpa", len(tiny_tokenizer()))
+    engine = Engine(target, tiny_tokenizer(), draft_model=tiny_model(32, seed=1))
+    questions = [QUESTION, "Where are tickets sold?", "When does the museum open?"]
+    passages = [TEXTS, TEXTS[:2], TEXTS[1:]]
+    method = SpecKV.model_validate({"ratio": 0.4, "window_size": 8, "scorer": scorer})
+    options = Generation(max_new_tokens=10, temperature=1.0, seed=3)
+    alone = [
+        engine.answer(question, texts, method=method, generation=options)
+        for question, texts in zip(questions, passages, strict=True)
+    ]
+    together = engine.answer_many(questions, passages, method=method, generation=options)
+    assert [a.text for a in together] == [a.text for a in alone]
+    assert [a.usage for a in together] == [a.usage for a in alone]
+    assert all((a.usage.cache_entries or 999) < a.usage.prompt_tokens for a in alone)
+    assert len({a.text for a in alone}) == 3
+
+
 def test_streams_and_samples_work_on_evicted_caches() -> None:
     engine = tiny_engine()
     options = Generation(max_new_tokens=10, temperature=1.0, seed=3, repetition_penalty=1.2)
@@ -80,17 +133,23 @@ def test_streams_and_samples_work_on_evicted_caches() -> None:
     assert "".join(p.text for p in pieces) == answer.text
 
 
-def test_protected_entries_always_stay_and_passages_compete() -> None:
+@pytest.mark.parametrize("name", sorted(SCORERS))
+def test_protected_entries_always_stay_and_passages_compete(name: str) -> None:
     model = families.build("llama", "sdpa")
     prompt = families.ids(80)[0]
     protected = torch.zeros(80, dtype=torch.bool)
     protected[:10] = protected[60:] = True
-    done = evict(model, [prompt], [prompt[:3]], SpecKV(window_size=4), [40], [protected])
+    options = SpecKV.model_validate({"scorer": name, "window_size": 4})
+    guessed = prompt[:0] if SCORERS[name].lookahead == "none" else prompt[:3]
+    done = evict(model, [prompt], [guessed], options, [40], [protected])
     expected = set(range(10)) | set(range(60, 79))
     for layer in done.kept:
         for head in layer[0]:
             assert expected <= set(head.tolist())
             assert len(set(head.tolist())) == 40
+
+
+def test_a_capacity_below_what_is_protected_is_refused() -> None:
     with pytest.raises(BudgetError, match="alone take"):
         tiny_engine().answer(QUESTION, TEXTS, method=SpecKV(capacity=20))
 
@@ -106,9 +165,10 @@ def test_decoding_over_kept_entries_equals_a_masked_full_forward(
     model = families.build(name, implementation)
     prompt = families.ids(70)[0]
     done = evict(model, [prompt], [families.ids(4, seed=9)[0]], SpecKV(window_size=6), [30])
-    kept = [layer[0] for layer in done.kept]  # per layer (kv_heads, 30), or 0 in sliding layers
     found = [t for (t,) in next_tokens(model, [prompt], Generation(max_new_tokens=6), done.start)]
-    assert found == _masked_answer(families.build(name, "eager"), prompt, kept, 6)
+    eager = families.build(name, "eager")
+    with only_kept(eager, done, 70):
+        assert found == _greedy(eager, prompt, 6)
 
 
 @pytest.mark.parametrize("name", ["gemma3", "qwen3", "gpt_oss"])
@@ -122,30 +182,37 @@ def test_sliding_layers_forget_the_lookahead(name: str) -> None:
         evict(model, [prompt, prompt[:40]], [prompt[:2]] * 2, SpecKV(window_size=4), [20, 20])
 
 
-def _masked_answer(
-    model: torch.nn.Module, prompt: torch.Tensor, kept: list[torch.Tensor], steps: int
-) -> list[int]:
-    """Greedy answer where queries from the last prompt token on see only kept prompt keys."""
-    size = prompt.numel()
+@contextmanager
+def only_kept(model: PreTrainedModel, done: Eviction, columns: int) -> Iterator[None]:
+    """Full attention where queries from the last prompt token on see only kept prompt keys.
+
+    Args:
+        model: Reads whole sequences inside the block, without a cache.
+        done: Of left-padded prompts.
+        columns: Of the prompts with their padding.
+    """
+    rows = [(int(pad), done.entries(row)) for row, pad in enumerate(done.pads)]
 
     def masked(  # type: ignore[no-untyped-def]
         module, query, key, value, mask, scaling, sliding_window=None, softcap=None, s_aux=None, **_
     ):
         group = query.shape[1] // key.shape[1]
         count = key.shape[2]
-        allowed = torch.ones(key.shape[1], count, count).tril().bool()
+        allowed = torch.ones(len(rows), key.shape[1], count, count).tril().bool()
         if sliding_window is not None:
             allowed &= ~torch.ones(count, count).tril(-sliding_window).bool()
-        for head, entries in enumerate(kept[module.layer_idx]):
-            if len(entries):
-                blocked = torch.ones(size - 1, dtype=torch.bool)
-                blocked[entries] = False
-                allowed[head, size - 1 :, : size - 1] &= ~blocked
+        for row, (pad, layers) in enumerate(rows):
+            allowed[row, :, pad:, :pad] = False
+            for head, entries in enumerate(layers[module.layer_idx]):
+                if len(entries):
+                    blocked = torch.ones(columns - 1, dtype=torch.bool)
+                    blocked[entries + pad] = False
+                    allowed[row, head, columns - 1 :, : columns - 1] &= ~blocked
         keys, values = (x.repeat_interleave(group, 1) for x in (key, value))
         logits = query @ keys.transpose(-1, -2) * scaling
         if softcap is not None:
             logits = torch.tanh(logits / softcap) * softcap
-        logits = logits.masked_fill(~allowed.repeat_interleave(group, 0), float("-inf"))
+        logits = logits.masked_fill(~allowed.repeat_interleave(group, 1), float("-inf"))
         if s_aux is not None:
             logits = torch.cat([logits, s_aux.view(1, -1, 1, 1).expand(*logits.shape[:3], 1)], -1)
         return (logits.softmax(-1)[..., :count] @ values).transpose(1, 2), None
@@ -155,51 +222,84 @@ def _masked_answer(
     before = model.config._attn_implementation
     model.config._attn_implementation_internal = "masked_reference"
     try:
-        ids = prompt.unsqueeze(0)
-        for _ in range(steps):
-            with torch.no_grad():
-                logits = model(input_ids=ids, use_cache=False).logits
-            ids = torch.cat([ids, logits[:, -1:].argmax(-1)], dim=1)
+        yield
     finally:
         model.config._attn_implementation_internal = before
-    return ids[0, size:].tolist()
+
+
+def _greedy(model: PreTrainedModel, prompt: torch.Tensor, steps: int) -> list[int]:
+    """Greedy answer by a whole forward pass a token."""
+    ids = prompt.unsqueeze(0)
+    for _ in range(steps):
+        with torch.no_grad():
+            logits = model(input_ids=ids, use_cache=False).logits
+        ids = torch.cat([ids, logits[:, -1:].argmax(-1)], dim=1)
+    return ids[0, prompt.numel() :].tolist()
 
 
 def test_transformers_generate_takes_an_evicted_cache() -> None:
     model = families.build("llama", "sdpa")
     prompt = families.ids(60)[0]
+    ids = prompt.unsqueeze(0)
+    mask = torch.ones_like(ids)
 
-    def start() -> dict[str, object]:
-        done = evict(model, [prompt], [prompt[:4]], SpecKV(window_size=4), [20])
-        mask = torch.ones(1, 60, dtype=torch.int64)
-        return {
-            "input_ids": prompt.unsqueeze(0),
-            "attention_mask": mask,
-            "past_key_values": done.start.cache,
-        }
+    def run() -> Eviction:
+        return evict(model, [prompt], [prompt[:4]], SpecKV(window_size=4), [20])
 
-    done = evict(model, [prompt], [prompt[:4]], SpecKV(window_size=4), [20])
+    done = run()
     ours = [t for (t,) in next_tokens(model, [prompt], SHORT, done.start)]
-    theirs = model.generate(**start(), max_new_tokens=10, do_sample=False)
-    assert theirs[0, 60:].tolist() == ours
-    torch.manual_seed(0)
-    sampled = model.generate(
-        **start(), max_new_tokens=10, do_sample=True, top_p=0.9, repetition_penalty=1.1
+    greedy: dict[str, object] = {"max_new_tokens": 10, "do_sample": False}
+    sampled = {"do_sample": True, "temperature": 1.3, "top_p": 0.9, "repetition_penalty": 1.1}
+    for options in (greedy, greedy | {"repetition_penalty": 1.5}, greedy | sampled):
+        torch.manual_seed(0)
+        cache = run().start.cache
+        found = model.generate(ids, attention_mask=mask, past_key_values=cache, **options)
+        torch.manual_seed(0)
+        with only_kept(model, done, 60):
+            wanted = model.generate(ids, attention_mask=mask, use_cache=False, **options)
+        torch.manual_seed(0)
+        plain = model.generate(ids, attention_mask=mask, **options)
+        assert found.tolist() == wanted.tolist() != plain.tolist()
+        if options is greedy:
+            assert found[0, 60:].tolist() == ours
+
+
+def test_transformers_generate_takes_an_evicted_batch() -> None:
+    """Left-padded rows, one of which keeps all its entries and one fewer than the others."""
+    model = families.build("llama", "sdpa")
+    prompts = [families.ids(n, seed=n)[0] for n in (60, 15, 40)]
+    options = SpecKV(window_size=4)
+    done = evict(model, prompts, [prompt[:4] for prompt in prompts], options, [20, 20, 12])
+    ids, mask = pad_left(prompts, model.device)
+    greedy: dict[str, object] = {"max_new_tokens": 8, "do_sample": False}
+    found = model.generate(
+        ids,
+        attention_mask=done.start.mask,
+        position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
+        past_key_values=done.start.cache,
+        **greedy,
     )
-    assert sampled.shape == (1, 70)
+    with only_kept(model, done, 60):
+        wanted = model.generate(ids, attention_mask=mask, use_cache=False, **greedy)
+    plain = model.generate(ids, attention_mask=mask, **greedy)
+    assert found.tolist() == wanted.tolist()
+    same = (found == plain).all(1)  # (batch,)
+    assert same.tolist() == [False, True, False]
 
 
 def test_beams_work_after_repeating_the_batch() -> None:
     model = families.build("llama", "sdpa")
     prompt = families.ids(60)[0]
-    done = evict(model, [prompt], [prompt[:4]], SpecKV(window_size=4), [59])
+    done = evict(model, [prompt], [prompt[:4]], SpecKV(window_size=4), [20])
     cache = done.start.cache
     cache.batch_repeat_interleave(3)
     ids = prompt.unsqueeze(0)
-    mask = torch.ones_like(ids)
     options = {"max_new_tokens": 6, "num_beams": 3, "do_sample": False}
-    found = model.generate(ids, attention_mask=mask, past_key_values=cache, **options)
-    assert found.tolist() == model.generate(ids, attention_mask=mask, **options).tolist()
+    options["attention_mask"] = torch.ones_like(ids)
+    found = model.generate(ids, past_key_values=cache, **options)
+    with only_kept(model, done, 60):
+        wanted = model.generate(ids, use_cache=False, **options)
+    assert found.tolist() == wanted.tolist() != model.generate(ids, **options).tolist()
 
 
 def test_cropping_takes_back_only_what_was_generated() -> None:
@@ -209,14 +309,34 @@ def test_cropping_takes_back_only_what_was_generated() -> None:
     layer = done.start.cache.layers[0]
     assert isinstance(layer, EvictedLayer)
     assert (layer.get_seq_length(), layer.keys.shape[-2]) == (59, 20)
+    with pytest.raises(ModelError, match=r"crop 10 tokens .*: 0 came after"):
+        done.start.cache.crop(-10)
     steps = next_tokens(model, [prompt], SHORT, done.start)
     next(steps)
     next(steps)
     assert layer.get_seq_length() == 61
+    with pytest.raises(ModelError, match="evicted ones do not come back"):
+        done.start.cache.crop(-3)
     done.start.cache.crop(-2)
     assert (layer.get_seq_length(), layer.keys.shape[-2]) == (59, 20)
-    with pytest.raises(ModelError, match="evicted ones do not come back"):
-        done.start.cache.crop(-20)
+    with pytest.raises(ModelError, match="0 came after"):
+        done.start.cache.crop(-1)
+
+
+def test_cropping_joined_and_sliding_layers_spares_the_prompt() -> None:
+    model = families.build("llama", "sdpa")
+    prompts = [families.ids(n)[0] for n in (60, 30)]
+    alone = [evict(model, [p], [p[:4]], SpecKV(window_size=4), [20]) for p in prompts]
+    joined = join_evicted([done.start.cache for done in alone], [[0], [1]])
+    sliding = families.build("gemma3", "sdpa")
+    prompt = families.ids(20)[0]  # below the window of 24
+    window = evict(sliding, [prompt], [prompt[:4]], SpecKV(window_size=4), [8]).start.cache
+    for cache, seen in ((joined, 59), (window, 19)):
+        sizes = [layer.keys.shape for layer in cache.layers]
+        with pytest.raises(ModelError, match="0 came after"):
+            cache.crop(-1)
+        assert [layer.keys.shape for layer in cache.layers] == sizes
+        assert {layer.get_seq_length() for layer in cache.layers} == {seen}
 
 
 def test_evicted_entries_share_no_storage_with_the_full_cache() -> None:
@@ -311,12 +431,13 @@ def test_baseline_scorers_need_no_draft_and_keep_exactly_the_capacity(name: str)
 
 
 def test_baseline_scores_against_plain_attention() -> None:
-    """H2O, TOVA and SnapKV from full attention matrices of an eager pass."""
+    """H2O, TOVA and SnapKV from attention matrices of an eager pass, key norms from its cache."""
     model, prompt = families.build("llama", "eager"), families.ids(300)[0]
     with torch.no_grad():
-        whole = model(input_ids=prompt.unsqueeze(0), output_attentions=True).attentions
+        read = model(input_ids=prompt.unsqueeze(0), output_attentions=True, use_cache=True)
+    whole, known = read.attentions, read.past_key_values.layers
     nothing = torch.tensor([], dtype=torch.int64)
-    for name in ("h2o", "tova", "snapkv"):
+    for name in ("h2o", "tova", "snapkv", "key_norm"):
         options = SpecKV.model_validate({"scorer": name, "window_size": 8, "pool": None})
         done = evict(model, [prompt], [nothing], options, [100])
         for layer, attention in enumerate(whole):
@@ -325,11 +446,32 @@ def test_baseline_scores_against_plain_attention() -> None:
                 "h2o": grouped.sum(dim=(1, 2)),
                 "tova": attention[0, :, -1].mean(0).expand(2, -1),
                 "snapkv": grouped[:, :, -9:].amax(dim=(1, 2)),
+                "key_norm": -known[layer].keys[0].square().sum(-1).sqrt(),
             }[name]
             rivals = 300 - 8 - 1
             torch.testing.assert_close(
                 done.scores[layer][0, :, :rivals], expected[:, :rivals], rtol=1e-4, atol=1e-6
             )
+
+
+@pytest.mark.parametrize("name", ["oracle", "laq"])
+def test_a_target_looks_ahead_by_itself(name: str) -> None:
+    """The oracle's guess is the target's greedy answer, LAQ's the answer of SnapKV's cache."""
+    model, prompt = families.build("llama", "sdpa"), families.ids(70)[0]
+    options = SpecKV.model_validate({"scorer": name, "window_size": 4})
+    found = look_ahead(model, prompt, options, 20, 8, lambda _: pytest.fail("asked the draft"))
+    plain = _greedy(model, prompt, 8)
+    snapkv = SpecKV(scorer="snapkv", window_size=4)
+    with only_kept(model, evict(model, [prompt], [prompt[:0]], snapkv, [20]), 70):
+        evicted = _greedy(model, prompt, 8)
+    assert plain != evicted
+    assert found.tolist() == (plain if name == "oracle" else evicted)
+
+    engine = tiny_engine()
+    method = SpecKV.model_validate({"scorer": name, "ratio": 0.3})
+    answer = engine.answer(QUESTION, TEXTS, method=method, generation=SHORT)
+    other = None if name == "oracle" else SpecKV(ratio=0.3, scorer="snapkv")
+    assert answer.lookahead == engine.answer(QUESTION, TEXTS, method=other, generation=SHORT).text
 
 
 @pytest.mark.parametrize("name", sorted(SCORERS))

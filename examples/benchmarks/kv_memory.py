@@ -168,7 +168,13 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--device", default="cpu")
-    return parser.parse_args(argv)
+    parser.add_argument("--quick", action="store_true", help="a smoke test: small and once")
+    options = parser.parse_args(argv)
+    if options.quick:
+        options.lengths, options.shares, options.batches = [256], [4], [1, 2]
+        options.new_tokens, options.lookahead, options.repeats = 2, 4, 1
+        options.hidden, options.layers = 128, 2
+    return options
 
 
 if __name__ == "__main__":
