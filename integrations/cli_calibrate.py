@@ -66,7 +66,8 @@ def calibrate(arguments: argparse.Namespace) -> None:
     progress = not arguments.no_progress
     compressor = Compressor.load(arguments.draft, device=arguments.device, progress=progress)
     path = arguments.out or weights_path(compressor.model, CALIBRATED)
-    found = calibrate(compressor, _items(arguments, compressor), progress=progress)
+    source = None if arguments.data is None else arguments.data.name
+    found = calibrate(compressor, _items(arguments, compressor), source=source, progress=progress)
     found.weights.save(path)
     print(
         f"{path}: learned from {found.items} items. Average precision of finding evidence on "

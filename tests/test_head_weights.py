@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from draftsieve.core.errors import (
     PromptError,
 )
 from draftsieve.core.evaluation import scorers
-from draftsieve.core.evaluation.calibration import calibrate
+from draftsieve.core.evaluation.calibration import SEED, calibrate
 from draftsieve.core.evaluation.tasks import EvalItem, make_items
 from draftsieve.core.head_weights import HeadWeights, head_weights, read_heads, weights_path
 from draftsieve.core.models import fingerprint
@@ -156,7 +157,7 @@ class OneHead:
 def test_the_head_that_finds_evidence_is_learned(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("sklearn")
     compressor = tiny_compressor()
-    items = make_items(("one-key", "unanswerable"), 350, 24, compressor.count_tokens)
+    items = make_items(("one-key", "unanswerable"), 350, 24, compressor.count_tokens, seed=7)
     where = "draftsieve.core.evaluation.calibration.read_heads"
     monkeypatch.setattr(where, OneHead(items, compressor))
     found = calibrate(compressor, items, progress=False)
@@ -168,6 +169,14 @@ def test_the_head_that_finds_evidence_is_learned(monkeypatch: pytest.MonkeyPatch
     assert found.weights.weights == fingerprint(compressor.model)
     again = calibrate(compressor, items, progress=False)
     assert torch.equal(again.weights.heads, found.weights.heads)
+    about = {"items": 10, "draft": found.weights.about["draft"], "source": "generated", "seed": 7}
+    assert found.weights.about == about
+    # what a data file gave is never called generated
+    natural = [replace(item, task="squad", id=f"squad-350-3-{item.id}") for item in items]
+    about = calibrate(compressor, natural, progress=False).weights.about
+    assert (about["source"], about["seed"]) == ("squad", 3)
+    found = calibrate(compressor, natural + items, source="my.json", progress=False)
+    assert (found.weights.about["source"], found.weights.about["seed"]) == ("my.json", [3, 7])
 
 
 def test_calibration_says_what_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,11 +202,23 @@ def test_the_command_saves_beside_the_draft(
     assert printed.startswith(f"{draft / 'head_weights.json'}: learned from")
     row = json.loads((draft / "head_weights.json").read_text())
     assert row["about"]["draft"] == "draft"
+    assert (row["about"]["source"], row["about"]["seed"]) == ("generated", SEED)
     compressor = Compressor.load(draft, progress=False)
     method = SpecPC(ratio=0.4, unit="sentence", head_weights="calibrated")
     found = compressor.compress(QUESTION, TEXTS, method)
     assert found.stats.compressed
     assert any(span.score > 0 for span in found.spans)
+
+
+def test_the_bundled_draft_takes_the_weights_beside_it() -> None:
+    compressor = Compressor.load("builtin:draft", device="cpu", progress=False)
+    found = head_weights(compressor.model, "calibrated")  # raises for another fingerprint
+    assert found.weights == fingerprint(compressor.model)
+    assert (found.about["source"], found.about["seed"]) == ("generated", SEED)
+    config = compressor.model.config
+    assert found.heads.shape == (config.num_hidden_layers, config.num_attention_heads)
+    method = SpecPC(ratio=0.5, unit="sentence", head_weights="calibrated")
+    assert compressor.compress(QUESTION, TEXTS, method).stats.compressed
 
 
 # ---------------------------------------------------------------- original positions

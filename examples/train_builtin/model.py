@@ -80,7 +80,7 @@ class ChunkedAttention(torch.autograd.Function):
             start, end = number * chunk, (number + 1) * chunk
             scores = torch.bmm(q[:, number], keys[:, :, :end])
             scores[:, :, start:] += mask
-            weights = torch.softmax(scores, -1)
+            weights = torch.softmax(scores, -1).to(q.dtype)  # autocast on CUDA gives float32
             out[:, number] = torch.bmm(weights, v[:, :end])
             saved.append(weights)
         ctx.save_for_backward(q, k, v, *saved)

@@ -4,7 +4,8 @@ Run `python -m examples.train_builtin.train --model draft --minutes 90 --out .wo
 The run plans its curriculum and the decay of the learning rate by the share of `--minutes` (or of
 `--tokens`) that is used up; `--resume` goes on from the checkpoint in `--out`. Several processes
 share a run with `python -m torch.distributed.run --nproc-per-node 2 -m` before the module's name:
-each takes its part of a step's tokens, and the gradients are averaged.
+each takes its part of a step's tokens (and, with `--device cuda`, a GPU of its own), and the
+gradients are averaged.
 """
 
 from __future__ import annotations
@@ -48,7 +49,13 @@ class Run:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
-        self.device = torch.device(options.device)
+        self.rank = int(os.environ.get("RANK", "0"))
+        self.world = int(os.environ.get("WORLD_SIZE", "1"))
+        self.device = own_device(options.device, self.world)
+        if self.world > 1:
+            if self.device.type == "cuda":
+                torch.cuda.set_device(self.device)  # where NCCL works
+            distributed.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
         self.shape = SHAPES[options.model]
         torch.manual_seed(options.seed)
         self.model = LeanLlama(self.shape).to(self.device)
@@ -65,10 +72,6 @@ class Run:
             ),
             torch.optim.AdamW(others, lr=options.rate, betas=(0.9, 0.98), weight_decay=0.0),
         ]
-        self.rank = int(os.environ.get("RANK", "0"))
-        self.world = int(os.environ.get("WORLD_SIZE", "1"))
-        if self.world > 1:
-            distributed.init_process_group("gloo" if self.device.type == "cpu" else "nccl")
         self.step, self.tokens, self.seconds, self.phase, self.phase_step = 0, 0, 0.0, 0, 0
         self.inherited_tokens = 0  # read by the model this one was grown from
         self.accuracy, self.loss, self.link_loss = 0.0, 0.0, 0.0
@@ -221,6 +224,14 @@ class Run:
             optimiser.load_state_dict(saved)
         for name, value in state["counters"].items():
             setattr(self, name, value)
+
+
+def own_device(name: str, world: int) -> torch.device:
+    """The device of this process; of several processes on CUDA, each has its own."""
+    device = torch.device(name)
+    if device.type == "cuda" and world > 1:
+        return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    return device
 
 
 def answer_mask(batch: Batch) -> NDArray[np.bool_]:
