@@ -523,6 +523,15 @@ def test_depths_are_counted_in_bins() -> None:
     assert by_depth([record(0, "none", True, depth=1.0)])[0][0] == 0.9
 
 
+def test_lines_of_one_colour_differ_in_their_markers() -> None:
+    pytest.importorskip("matplotlib")
+    _, axes = plots.empty_axes()
+    for number in range(24):
+        plots.draw(axes, [(0.5, 0.5, 0.4, 0.6)], str(number))
+    lines = [container.lines[0] for container in axes.containers]
+    assert len({(line.get_color(), line.get_marker()) for line in lines}) == 24
+
+
 def test_plots_are_written_or_left_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

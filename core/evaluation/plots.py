@@ -14,6 +14,7 @@ from .tasks import NATURAL
 
 logger = logging.getLogger(__name__)
 DEPTH_BINS = 5
+_STYLES = (("o", "-"), ("s", "--"), ("^", ":"))  # one more for each round of the ten colours
 
 
 def write_plots(records: Sequence[Record], folder: Path) -> list[Path]:
@@ -110,7 +111,9 @@ def draw(axes: Any, points: Sequence[tuple[float, float, float, float]], label: 
     places, means, low, high = zip(*points, strict=True)
     below = [max(0.0, mean - end) for mean, end in zip(means, low, strict=True)]
     above = [max(0.0, end - mean) for mean, end in zip(means, high, strict=True)]
-    axes.errorbar(places, means, yerr=(below, above), marker="o", capsize=2, label=label)
+    marker, line = _STYLES[len(axes.containers) // 10 % len(_STYLES)]
+    style = {"marker": marker, "linestyle": line, "capsize": 2}
+    axes.errorbar(places, means, yerr=(below, above), label=label, **style)
 
 
 def save(figure: Any, axes: Any, path: Path) -> Path:
