@@ -203,7 +203,7 @@ def methods(compressor: Compressor) -> dict[str, Method]:
 
     return {
         "SpecPC": compression(compressor, SpecPC(ratio=ARTICLE_RATIO)),
-        "SpecPC, sentences": compression(compressor, SpecPC.preset("2026-11", ratio=ARTICLE_RATIO)),
+        "SpecPC, preset": compression(compressor, SpecPC.preset("2026-11", ratio=ARTICLE_RATIO)),
         "BM25 sentences": sentences,
         "BM25 passages": passages,
         "truncation": lambda item, budget: truncation_head(texts(item), budget, count),
