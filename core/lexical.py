@@ -23,12 +23,16 @@ def bm25(question: str, texts: Sequence[str]) -> list[float]:
     """
     documents = [Counter(_WORD.findall(text.casefold())) for text in texts]
     average = max(1.0, sum(map(Counter.total, documents)) / max(1, len(documents)))
+    asked = _WORD.findall(question.casefold())
+    holders: dict[str, list[int]] = {word: [] for word in asked}
+    for place, document in enumerate(documents):
+        for word in holders.keys() & document.keys():
+            holders[word].append(place)
     scores = [0.0] * len(documents)
-    for word in _WORD.findall(question.casefold()):
-        holders = sum(word in document for document in documents)
-        weight = math.log(1 + (len(documents) - holders + 0.5) / (holders + 0.5))
-        for place, document in enumerate(documents):
-            if count := document[word]:
-                length = 1 - B + B * document.total() / average
-                scores[place] += weight * count / (count + K1 * length)
+    for word in asked:
+        found = len(holders[word])
+        weight = math.log(1 + (len(documents) - found + 0.5) / (found + 0.5))
+        for place in holders[word]:
+            count, length = documents[place][word], documents[place].total() / average
+            scores[place] += weight * count / (count + K1 * (1 - B + B * length))
     return scores
