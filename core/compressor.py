@@ -14,20 +14,20 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .config import Quantization, SpecPC
-from .context import unchanged
-from .deadline import deadline_after, until
-from .draft import guess, read_draft
-from .encoding import PromptEncoder
+from .config import OnError, Quantization, SpecPC
 from .errors import OutOfMemoryError, PromptError
-from .head_weights import head_weights
-from .lookahead import greedy
-from .memory import Memory
-from .models import accept, context_window, explain_out_of_memory, load_model
-from .prompt import DEFAULT_SYSTEM, Prompt
-from .shortening import Compressed, OnError, Shortener, asking_rows
+from .kv_cache.prefix import Memory
+from .models.loading import accept, context_window, explain_out_of_memory, load_model
+from .prompt.encoder import PromptEncoder
+from .prompt.messages import DEFAULT_SYSTEM, Prompt
+from .runtime.deadline import deadline_after, until
+from .runtime.worker import Worker
+from .speckv.lookahead import greedy
+from .specpc.draft_scores import guess, read_draft
+from .specpc.head_weights import head_weights
+from .specpc.pipeline import Compressed, Shortener, asking_rows
+from .specpc.result import unchanged
 from .types import CompressedContext, DraftReading, Passage, PromptTokens
-from .worker import Worker
 
 logger = logging.getLogger(__name__)
 

@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from .constrained import Grammar
 from .errors import ConfigError
+from .grammar import Grammar
 
 Pool = Literal["max", "mean"]
 Reduction = Literal["max", "mean", "mean-max"]
@@ -16,6 +16,7 @@ Unit = Literal["token", "word", "sentence", "passage"]
 Scorer = Literal[
     "speckv", "snapkv", "laq", "oracle", "tova", "h2o", "streaming", "key_norm", "random"
 ]
+OnError = Literal["raise", "original"]
 PositiveInt = Annotated[int, Field(ge=1, strict=True)]
 
 
@@ -243,6 +244,15 @@ class SpecKVPC(Options):
 
 
 Method = SpecPC | SpecKV | SpecKVPC
+
+
+def stages(method: Method | None) -> tuple[SpecPC | None, SpecKV | None]:
+    """The prompt stage and the cache stage of a method."""
+    if isinstance(method, SpecKVPC):
+        return method.specpc, method.speckv
+    if isinstance(method, SpecKV):
+        return None, method
+    return method, None
 
 
 DraftKind = Literal["aded", "lookup", "lookahead", "model", "graph", "auto"]

@@ -13,19 +13,18 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .compressor import Compressor
-from .config import Generation, Method, Quantization, SpecPC
-from .drafters.store import TrigramStore
-from .encoding import PromptEncoder
+from .config import Generation, Method, OnError, Quantization, SpecPC
 from .errors import ModelError, PromptError
-from .models import accept, context_window, explain_out_of_memory, load_model
-from .pipeline import Pipeline
-from .prompt import DEFAULT_SYSTEM, Prompt
+from .generation.pipeline import Pipeline
+from .generation.speculative.drafters.store import TrigramStore
+from .generation.trace import trace
+from .kv_cache.storage import Storage
+from .models.loading import accept, context_window, explain_out_of_memory, load_model
+from .prompt.encoder import PromptEncoder
+from .prompt.messages import DEFAULT_SYSTEM, Prompt
+from .runtime.worker import Worker
 from .session import Session, last_answer, load_session, open_session
-from .shortening import OnError
-from .stored import Storage
-from .tracing import trace
 from .types import Answer, Chunk, CompressedContext, Passage, Trace
-from .worker import Worker
 
 
 class Engine:

@@ -17,18 +17,18 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from .clock import Clock
 from .config import Generation, Method, SpecKV
 from .errors import ConfigError, ModelError, PromptError
-from .memory import Memory, read_memory
-from .models import explain_out_of_memory, fingerprint
-from .pipeline import Pipeline
-from .prompt import Prompt
-from .request import Memories
-from .session_files import SavedSession, read_files, write_files
-from .stored import Storage
+from .generation.pipeline import Pipeline
+from .generation.request import Memories
+from .kv_cache.files import SavedSession, read_files, write_files
+from .kv_cache.prefix import Memory, read_memory
+from .kv_cache.storage import Storage
+from .models.loading import explain_out_of_memory, fingerprint
+from .prompt.messages import Prompt
+from .runtime.clock import Clock
+from .runtime.worker import Worker
 from .types import Answer, Chunk, Passage, PromptTokens, Segment
-from .worker import Worker
 
 logger = logging.getLogger(__name__)
 

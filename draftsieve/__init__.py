@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from draftsieve.core.compressor import Compressor
     from draftsieve.core.config import Generation, Quantization, SpecKV, SpecKVPC, SpecPC
-    from draftsieve.core.constrained import Grammar
     from draftsieve.core.engine import Engine
     from draftsieve.core.errors import DraftSieveError
-    from draftsieve.core.prompt import Prompt
+    from draftsieve.core.grammar import Grammar
+    from draftsieve.core.prompt.messages import Prompt
     from draftsieve.core.types import (
         Answer,
         Chunk,
@@ -32,9 +32,9 @@ _HOMES = {
     "DraftSieveError": "errors",
     "Engine": "engine",
     "Generation": "config",
-    "Grammar": "constrained",
+    "Grammar": "grammar",
     "Passage": "types",
-    "Prompt": "prompt",
+    "Prompt": "prompt.messages",
     "Quantization": "config",
     "Span": "types",
     "SpecKV": "config",

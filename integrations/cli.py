@@ -32,8 +32,8 @@ from .render import (
 )
 
 if TYPE_CHECKING:
-    from ..core.drafters.store import TrigramStore
     from ..core.engine import Engine
+    from ..core.generation.speculative.drafters.store import TrigramStore
     from ..core.types import Answer, CompressedContext, Passage
 
 _DRAFT_MODEL = ("lookahead", "model", "graph")  # drafting that needs the draft without a method
@@ -225,7 +225,7 @@ def _generation(arguments: argparse.Namespace) -> Generation:
 
 
 def _draft_store(arguments: argparse.Namespace) -> TrigramStore | None:
-    from ..core.drafters.store import TrigramStore
+    from ..core.generation.speculative.drafters.store import TrigramStore
 
     return TrigramStore.load(arguments.draft_store) if arguments.draft_store else None
 

@@ -61,7 +61,7 @@ def calibrate(arguments: argparse.Namespace) -> None:
     """Read, learn, save, and say what the weights are worth."""
     from ..core.compressor import Compressor
     from ..core.evaluation.calibration import calibrate
-    from ..core.head_weights import CALIBRATED, weights_path
+    from ..core.specpc.head_weights import CALIBRATED, weights_path
 
     progress = not arguments.no_progress
     compressor = Compressor.load(arguments.draft, device=arguments.device, progress=progress)
@@ -81,7 +81,7 @@ def _items(arguments: argparse.Namespace, compressor: Compressor) -> list[EvalIt
     from ..core.evaluation.puzzles import TASKS
     from ..core.evaluation.squad import read_article
     from ..core.evaluation.tasks import make_items, natural_items
-    from ..core.lexical import bm25
+    from ..core.specpc.bm25 import bm25
 
     seed = SEED if arguments.seed is None else arguments.seed
     article = None if arguments.data is None else read_article(arguments.data)

@@ -48,9 +48,9 @@ def build(arguments: argparse.Namespace) -> None:
     """Read, learn, save, and say how much was learnt."""
     if not arguments.docs and not arguments.answers:
         raise PromptError("There is nothing to learn from: give --docs FOLDER or --answers FILE.")
-    from ..core.drafters.store import build_store, vocabulary_fingerprint
-    from ..core.encoding import PromptEncoder
-    from ..core.models import load_tokenizer
+    from ..core.generation.speculative.drafters.store import build_store, vocabulary_fingerprint
+    from ..core.models.loading import load_tokenizer
+    from ..core.prompt.encoder import PromptEncoder
 
     tokenizer = load_tokenizer(arguments.target)
     encode: Callable[[str], list[int]] = PromptEncoder(tokenizer).encode_text

@@ -8,9 +8,8 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from ..core.compressor import Compressor
-from ..core.config import Quantization
-from ..core.prompt import DEFAULT_SYSTEM
-from ..core.shortening import OnError
+from ..core.config import OnError, Quantization
+from ..core.prompt.messages import DEFAULT_SYSTEM
 
 
 class DraftOptions(BaseModel):

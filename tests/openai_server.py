@@ -13,7 +13,7 @@ from typing import Any
 
 from draftsieve.core.config import Generation
 from draftsieve.core.engine import Engine
-from draftsieve.core.prompt import Prompt
+from draftsieve.core.prompt.messages import Prompt
 from draftsieve.core.types import Answer
 
 

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from draftsieve import SpecPC
-from draftsieve.core.draft import read_draft
 from draftsieve.core.errors import ConfigError
 from draftsieve.core.evaluation.agreement import (
     measure_agreement,
@@ -22,7 +21,8 @@ from draftsieve.core.evaluation.agreement import (
 from draftsieve.core.evaluation.methods import GROUPS, METHODS, find_methods
 from draftsieve.core.evaluation.runner import measure, run
 from draftsieve.core.evaluation.shared import Bench
-from draftsieve.core.models import LoadedModel
+from draftsieve.core.models.loading import LoadedModel
+from draftsieve.core.specpc.draft_scores import read_draft
 from draftsieve.integrations import cli
 
 from .adapters_fixtures import tiny_model, tiny_tokenizer

@@ -11,10 +11,10 @@ from pydantic import ValidationError
 
 from draftsieve import Compressor, Passage, Prompt, SpecPC
 from draftsieve.core import compressor as compressor_module
-from draftsieve.core.budget import Budget
 from draftsieve.core.errors import BudgetError, ConfigError, ModelNotFoundError, PromptError
+from draftsieve.core.specpc.budget import Budget
+from draftsieve.core.specpc.units import sentence_spans, word_spans
 from draftsieve.core.types import CompressedContext, Segment
-from draftsieve.core.units import sentence_spans, word_spans
 
 from .adapters_fixtures import QUESTION, TEXTS, tiny_compressor, tiny_model, tiny_tokenizer
 

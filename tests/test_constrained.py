@@ -13,11 +13,12 @@ import regex
 import torch
 
 from draftsieve.core.config import Generation, SpecPC
-from draftsieve.core.constrained import Constraint, Grammar, Grammars
-from draftsieve.core.decode import RowText
 from draftsieve.core.engine import Engine
 from draftsieve.core.errors import GrammarError, MissingExtraError
-from draftsieve.core.prompt import Prompt
+from draftsieve.core.generation.constrained import Constraint, Grammars
+from draftsieve.core.generation.decode import RowText
+from draftsieve.core.grammar import Grammar
+from draftsieve.core.prompt.messages import Prompt
 from draftsieve.core.types import Answer
 
 from .adapters_fixtures import (

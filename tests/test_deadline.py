@@ -17,10 +17,10 @@ from transformers import DynamicCache
 
 from draftsieve import Generation, SpecKV, SpecPC
 from draftsieve.core.compressor import Compressor
+from draftsieve.core.conversation.compressor import TurnCompressor
+from draftsieve.core.conversation.turns import Turn
 from draftsieve.core.errors import RequestTimeoutError
-from draftsieve.core.turn_compressor import TurnCompressor
-from draftsieve.core.turns import Turn
-from draftsieve.core.worker import Worker
+from draftsieve.core.runtime.worker import Worker
 
 from .adapters_fixtures import QUESTION, TEXTS, one_thread, tiny_compressor, tiny_engine
 
@@ -189,7 +189,7 @@ def test_a_request_out_of_time_ends_at_the_next_layer(
     before = engine.answer(QUESTION, TEXTS, method=method, generation=short).text
     held = caches()
     clocks = SimpleNamespace(monotonic=lambda: clock[0])
-    monkeypatch.setattr("draftsieve.core.deadline.time", clocks)
+    monkeypatch.setattr("draftsieve.core.runtime.deadline.time", clocks)
     with gated(getattr(engine, model), passes) as gate:
 
         def run_out() -> None:

@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from draftsieve import Engine, Generation, Prompt, SpecKV, SpecKVPC, SpecPC
-from draftsieve.core.cache import cache_bytes
 from draftsieve.core.config import Method
-from draftsieve.core.decode import from_scratch, next_tokens
-from draftsieve.core.kv_scorers import SCORERS
-from draftsieve.core.speckv import evict
+from draftsieve.core.generation.decode import next_tokens
+from draftsieve.core.kv_cache.layers import cache_bytes
+from draftsieve.core.kv_cache.prefill import from_scratch
+from draftsieve.core.speckv.evict import evict
+from draftsieve.core.speckv.scorers import SCORERS
 
 from . import families
 from .adapters_fixtures import QUESTION, TEXTS, tiny_model, tiny_tokenizer

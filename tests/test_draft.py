@@ -9,9 +9,9 @@ import torch
 from transformers import PreTrainedModel
 
 from draftsieve import SpecPC
-from draftsieve.core.capture import NAME, observing
-from draftsieve.core.draft import read_draft
 from draftsieve.core.errors import ModelError
+from draftsieve.core.models.attention_capture import NAME, observing
+from draftsieve.core.specpc.draft_scores import read_draft
 
 from . import families
 

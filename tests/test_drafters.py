@@ -16,22 +16,33 @@ import torch
 from safetensors import safe_open
 
 from draftsieve import Engine, Generation
-from draftsieve.core.drafters.aded import AdedDrafter
-from draftsieve.core.drafters.auto import SIZES, AutoDrafter, Pace
-from draftsieve.core.drafters.graph import GraphDrafter
-from draftsieve.core.drafters.lookahead import LookaheadDrafter
-from draftsieve.core.drafters.lookup import LookupDrafter
-from draftsieve.core.drafters.model import ModelDrafter
-from draftsieve.core.drafters.search import _expand, _Node, _rollout, best_first, puct
-from draftsieve.core.drafters.store import (
+from draftsieve.core.errors import ModelError
+from draftsieve.core.generation.speculative.drafters.aded import AdedDrafter
+from draftsieve.core.generation.speculative.drafters.auto import SIZES, AutoDrafter, Pace
+from draftsieve.core.generation.speculative.drafters.graph import GraphDrafter
+from draftsieve.core.generation.speculative.drafters.lookahead import LookaheadDrafter
+from draftsieve.core.generation.speculative.drafters.lookup import LookupDrafter
+from draftsieve.core.generation.speculative.drafters.model import ModelDrafter
+from draftsieve.core.generation.speculative.drafters.search import (
+    _expand,
+    _Node,
+    _rollout,
+    best_first,
+    puct,
+)
+from draftsieve.core.generation.speculative.drafters.store import (
     WAYS,
     TrigramStore,
     build_store,
     vocabulary_fingerprint,
 )
-from draftsieve.core.drafters.tree import EMPTY, Drafter, TokenTree, UnionDrafter
-from draftsieve.core.errors import ModelError
-from draftsieve.core.verify import Tally
+from draftsieve.core.generation.speculative.drafters.tree import (
+    EMPTY,
+    Drafter,
+    TokenTree,
+    UnionDrafter,
+)
+from draftsieve.core.generation.speculative.verify import Tally
 from draftsieve.integrations.cli import main
 
 from . import families

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from draftsieve import Engine
-from draftsieve.core.drafters.aded import AdedDrafter
-from draftsieve.core.drafters.lookup import LookupDrafter
-from draftsieve.core.drafters.store import TrigramStore
-from draftsieve.core.drafting import Drafters
+from draftsieve.core.generation.speculative.drafters.aded import AdedDrafter
+from draftsieve.core.generation.speculative.drafters.lookup import LookupDrafter
+from draftsieve.core.generation.speculative.drafters.store import TrigramStore
+from draftsieve.core.generation.speculative.select import Drafters
 
 from .adapters_fixtures import EXAMPLES, needs_pair, tiny_model, tiny_tokenizer
 

@@ -11,11 +11,11 @@ from typing import get_args
 import pytest
 
 from draftsieve import Engine, Generation, Grammar, Prompt, SpecKV, SpecKVPC, SpecPC
-from draftsieve.core import sparse_prefill
 from draftsieve.core.config import DraftKind, Method
-from draftsieve.core.decode import Start
-from draftsieve.core.drafters.store import TrigramStore
-from draftsieve.core.speckv import evict
+from draftsieve.core.generation.speculative.drafters.store import TrigramStore
+from draftsieve.core.kv_cache.prefill import Start
+from draftsieve.core.speckv import sparse_prefill
+from draftsieve.core.speckv.evict import evict
 
 from . import families
 from .adapters_fixtures import QUESTION, TEXTS, tiny_engine, tiny_model, tiny_tokenizer

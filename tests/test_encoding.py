@@ -10,9 +10,9 @@ import torch
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from draftsieve.core.encoding import PLAIN_TEMPLATE, PromptEncoder
 from draftsieve.core.errors import ModelError, PromptError
-from draftsieve.core.prompt import Prompt
+from draftsieve.core.prompt.encoder import PLAIN_TEMPLATE, PromptEncoder
+from draftsieve.core.prompt.messages import Prompt
 from draftsieve.core.types import PromptTokens, Segment
 from examples.benchmarks.hostile import CONTROLS as EVIL
 

@@ -40,8 +40,8 @@ from draftsieve.core.evaluation.summary import (
     overview,
 )
 from draftsieve.core.evaluation.tasks import EvalItem, make_item
-from draftsieve.core.lexical import bm25
-from draftsieve.core.models import LoadedModel
+from draftsieve.core.models.loading import LoadedModel
+from draftsieve.core.specpc.bm25 import bm25
 from draftsieve.core.types import Segment
 from draftsieve.integrations import cli
 from draftsieve.retrievers.bm25 import Bm25Index

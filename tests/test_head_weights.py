@@ -14,7 +14,6 @@ import torch
 from pydantic import ValidationError
 
 from draftsieve import Compressor, Engine, Generation, Prompt, SpecKVPC, SpecPC
-from draftsieve.core.draft import read_draft
 from draftsieve.core.errors import (
     ConfigError,
     MissingExtraError,
@@ -25,9 +24,10 @@ from draftsieve.core.errors import (
 from draftsieve.core.evaluation import scorers
 from draftsieve.core.evaluation.calibration import SEED, calibrate
 from draftsieve.core.evaluation.tasks import EvalItem, make_items
-from draftsieve.core.head_weights import HeadWeights, head_weights, read_heads, weights_path
-from draftsieve.core.models import fingerprint
-from draftsieve.core.scoring import reduce_rows
+from draftsieve.core.models.loading import fingerprint
+from draftsieve.core.specpc.draft_scores import read_draft
+from draftsieve.core.specpc.head_weights import HeadWeights, head_weights, read_heads, weights_path
+from draftsieve.core.specpc.scoring import reduce_rows
 from draftsieve.integrations import cli
 
 from . import families

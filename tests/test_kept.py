@@ -7,10 +7,10 @@ from typing import Any
 import torch
 
 from draftsieve import Prompt, SpecPC
-from draftsieve.core.capture import visible_keys
-from draftsieve.core.kept import join_spans, merge_spans, rank_units
-from draftsieve.core.memory import Memory
-from draftsieve.core.units import unit_spans
+from draftsieve.core.kv_cache.prefix import Memory
+from draftsieve.core.models.attention_capture import visible_keys
+from draftsieve.core.specpc.ranking import join_spans, merge_spans, rank_units
+from draftsieve.core.specpc.units import unit_spans
 
 from .adapters_fixtures import QUESTION, TEXTS, tiny_compressor
 

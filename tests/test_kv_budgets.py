@@ -11,13 +11,14 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import eager_mask
 
 from draftsieve import Engine, Generation, Prompt, SpecKV
-from draftsieve.core import uneven
-from draftsieve.core.cache import UnevenLayer, attending, cache_bytes
-from draftsieve.core.decode import Start, next_tokens
 from draftsieve.core.errors import ModelError
-from draftsieve.core.kv_budgets import choose_entries, layer_budgets
-from draftsieve.core.kv_scorers import SCORERS
-from draftsieve.core.speckv import Eviction, evict
+from draftsieve.core.generation.decode import next_tokens
+from draftsieve.core.kv_cache import ragged as uneven
+from draftsieve.core.kv_cache.layers import UnevenLayer, attending, cache_bytes
+from draftsieve.core.kv_cache.prefill import Start
+from draftsieve.core.speckv.budgets import choose_entries, layer_budgets
+from draftsieve.core.speckv.evict import Eviction, evict
+from draftsieve.core.speckv.scorers import SCORERS
 
 from . import families
 from .adapters_fixtures import QUESTION, TEXTS, tiny_engine

@@ -12,10 +12,7 @@ from langchain_core.messages import (
 )
 
 from draftsieve.core.engine import Engine
-from draftsieve.core.errors import (
-    PromptError,
-    RequestTimeoutError,
-)
+from draftsieve.core.errors import PromptError, RequestTimeoutError
 
 from .adapters_fixtures import (
     QUESTION,

@@ -17,7 +17,7 @@ from langchain_core.messages import (
 
 from draftsieve.core.config import Generation
 from draftsieve.core.engine import Engine
-from draftsieve.core.prompt import Prompt
+from draftsieve.core.prompt.messages import Prompt
 from draftsieve.core.types import Chunk, Passage
 from draftsieve.integrations.langchain import ChatDraftSieve, DraftSieveLLM
 

@@ -18,11 +18,7 @@ from langchain_core.messages import (
 from pydantic import ValidationError
 
 from draftsieve.core.engine import Engine
-from draftsieve.core.errors import (
-    BudgetError,
-    ModelError,
-    PromptError,
-)
+from draftsieve.core.errors import BudgetError, ModelError, PromptError
 from draftsieve.integrations.langchain import ChatDraftSieve
 from draftsieve.integrations.langchain.messages import as_mappings
 

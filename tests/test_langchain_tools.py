@@ -20,11 +20,8 @@ from langchain_core.utils.function_calling import convert_to_openai_tool
 from pydantic import BaseModel, Field
 from typing_extensions import TypedDict
 
-from draftsieve.core.constrained import Grammar
-from draftsieve.core.errors import (
-    ConfigError,
-    GrammarError,
-)
+from draftsieve.core.errors import ConfigError, GrammarError
+from draftsieve.core.grammar import Grammar
 from draftsieve.integrations.langchain import ChatDraftSieve
 from draftsieve.integrations.langchain import tools as langchain_tools
 

@@ -43,7 +43,7 @@ from draftsieve.core.errors import (
     PromptError,
     RequestTimeoutError,
 )
-from draftsieve.core.prompt import Prompt
+from draftsieve.core.prompt.messages import Prompt
 from draftsieve.core.types import Chunk, Passage
 from draftsieve.integrations.llama_index import DraftSieveLLM
 from draftsieve.integrations.llama_index.messages import as_prompt

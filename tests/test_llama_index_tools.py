@@ -12,9 +12,9 @@ from llama_index.core.tools import FunctionTool
 from llama_index.core.types import PydanticProgramMode
 from pydantic import BaseModel, Field, ValidationError
 
-from draftsieve.core.constrained import Grammar
 from draftsieve.core.engine import Engine
 from draftsieve.core.errors import GrammarError, ModelError
+from draftsieve.core.grammar import Grammar
 from draftsieve.integrations.llama_index import DraftSieveLLM
 
 from .adapters_fixtures import counted, needs_pair, one_thread

@@ -28,9 +28,9 @@ from pydantic import BaseModel, Field
 
 from draftsieve.core.compressor import Compressor
 from draftsieve.core.config import SpecPC
+from draftsieve.core.conversation.compressor import TurnCompressor
+from draftsieve.core.conversation.turns import Turn
 from draftsieve.core.errors import BudgetError, ConfigError, MissingExtraError, PromptError
-from draftsieve.core.turn_compressor import TurnCompressor
-from draftsieve.core.turns import Turn
 from draftsieve.integrations.langchain import DraftCompressionMiddleware
 
 from .adapters_fixtures import (

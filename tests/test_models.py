@@ -11,7 +11,7 @@ from transformers.utils import logging as transformers_logging
 
 from draftsieve import Compressor, Engine, Generation, Quantization, SpecKV, SpecKVPC, SpecPC
 from draftsieve.core.errors import ModelError, ModelNotFoundError
-from draftsieve.core.models import load_model, resolve
+from draftsieve.core.models.loading import load_model, resolve
 
 QUESTION = "Which badge was issued to Mira Tolen?"
 TEXTS = [
@@ -86,7 +86,7 @@ def test_a_quantised_batch_stays_close_to_single_rows() -> None:
         "builtin:target", quantization=Quantization(bits=8), device="cpu", progress=False
     )
     rows = [torch.arange(10, 40), torch.arange(60, 80)]
-    from draftsieve.core.reading import pad_left
+    from draftsieve.core.kv_cache.prefill import pad_left
 
     ids, mask = pad_left(rows, torch.device("cpu"))
     positions = (mask.cumsum(-1) - 1).clamp(min=0)

@@ -15,7 +15,7 @@ import torch
 from draftsieve import Engine, Generation, SpecKV, SpecKVPC, SpecPC
 from draftsieve.core.compressor import Compressor
 from draftsieve.core.errors import DraftSieveError, OutOfMemoryError
-from draftsieve.core.models import explain_out_of_memory, load_model
+from draftsieve.core.models.loading import explain_out_of_memory, load_model
 
 from .adapters_fixtures import QUESTION, TEXTS, needs_pair, tiny_model, tiny_tokenizer
 

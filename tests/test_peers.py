@@ -15,7 +15,7 @@ from draftsieve.core.evaluation.runner import Grid
 from draftsieve.core.evaluation.runner import run as evaluate
 from draftsieve.core.evaluation.shared import Bench
 from draftsieve.core.evaluation.tasks import EvalItem, make_items
-from draftsieve.core.models import load_model, load_tokenizer
+from draftsieve.core.models.loading import load_model, load_tokenizer
 
 from .adapters_fixtures import BUILTIN, tiny_model, tiny_tokenizer
 

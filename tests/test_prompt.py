@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from draftsieve.core.errors import PromptError
-from draftsieve.core.prompt import DEFAULT_SYSTEM, Prompt
+from draftsieve.core.prompt.messages import DEFAULT_SYSTEM, Prompt
 from draftsieve.core.types import Passage, Segment
 
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from draftsieve import Engine, Generation, Quantization, SpecKV, SpecPC
 from draftsieve.core.config import Method
 from draftsieve.core.errors import ModelError
-from draftsieve.core.models import fingerprint, load_model, resolve
+from draftsieve.core.models.loading import fingerprint, load_model, resolve
 
 from .adapters_fixtures import needs_pair
 

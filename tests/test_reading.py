@@ -10,16 +10,16 @@ import torch
 from transformers import PreTrainedModel
 
 from draftsieve import Engine, Generation, Prompt, SpecKV, SpecKVPC, SpecPC
-from draftsieve.core import reading
-from draftsieve.core.cache import EvictedLayer, cache_bytes
 from draftsieve.core.compressor import Compressor
-from draftsieve.core.decode import next_tokens
-from draftsieve.core.draft import guess, read_draft
-from draftsieve.core.encoding import PromptEncoder
 from draftsieve.core.errors import BudgetError
-from draftsieve.core.reading import similar
-from draftsieve.core.speckv import evict
-from draftsieve.core.speckv_batch import start_evicted
+from draftsieve.core.generation.decode import next_tokens
+from draftsieve.core.kv_cache import prefill as reading
+from draftsieve.core.kv_cache.layers import EvictedLayer, cache_bytes
+from draftsieve.core.kv_cache.prefill import similar
+from draftsieve.core.prompt.encoder import PromptEncoder
+from draftsieve.core.speckv.batch import start_evicted
+from draftsieve.core.speckv.evict import evict
+from draftsieve.core.specpc.draft_scores import guess, read_draft
 
 from . import families
 from .adapters_fixtures import QUESTION, TEXTS, tiny_engine, tiny_model, tiny_tokenizer

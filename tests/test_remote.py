@@ -16,7 +16,7 @@ from openai import BadRequestError
 
 from draftsieve.core.config import Generation, SpecPC
 from draftsieve.core.engine import Engine
-from draftsieve.core.prompt import DEFAULT_SYSTEM
+from draftsieve.core.prompt.messages import DEFAULT_SYSTEM
 
 from .adapters_fixtures import EXAMPLES, needs_pair, one_thread
 from .openai_server import OpenAIServer, openai_server

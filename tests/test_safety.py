@@ -14,8 +14,8 @@ from torch import nn
 from transformers import DynamicCache
 
 from draftsieve import Generation, Passage, Prompt, SpecKV, SpecPC
-from draftsieve.core.encoding import PromptEncoder
 from draftsieve.core.errors import PromptError
+from draftsieve.core.prompt.encoder import PromptEncoder
 from draftsieve.core.types import CompressedContext, Segment
 from examples.benchmarks.hostile import INJECTIONS, hostile_prompts
 

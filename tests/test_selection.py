@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from draftsieve import Engine, SpecPC
-from draftsieve.core.scoring import attention_probabilities, pool, reduce_rows, row_weights
-from draftsieve.core.selection import distinct, enough, floor_first, neighbor_offsets, rank
-from draftsieve.core.specpc import select, token_budget
+from draftsieve.core.specpc.scoring import attention_probabilities, pool, reduce_rows, row_weights
+from draftsieve.core.specpc.select import select, token_budget
+from draftsieve.core.specpc.selection import distinct, enough, floor_first, neighbor_offsets, rank
 
 from . import families
 

@@ -13,11 +13,11 @@ import torch
 
 from draftsieve import Engine, Generation, Passage, Prompt, SpecKV, SpecPC
 from draftsieve.core.errors import ConfigError, ModelError, PromptError
-from draftsieve.core.memory import Memory, read_memory
-from draftsieve.core.request import Memories
+from draftsieve.core.generation.request import Memories
+from draftsieve.core.kv_cache.prefix import Memory, read_memory
+from draftsieve.core.kv_cache.storage import Storage, StoredLayer, StoredStates
 from draftsieve.core.session import Session
-from draftsieve.core.speckv import evict
-from draftsieve.core.stored import Storage, StoredLayer, StoredStates
+from draftsieve.core.speckv.evict import evict
 
 from . import families
 from .adapters_fixtures import (

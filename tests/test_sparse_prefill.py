@@ -12,13 +12,13 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import eager_mask
 
 from draftsieve import Engine, Generation, Prompt, SpecKV, SpecKVPC, SpecPC
-from draftsieve.core import sparse_prefill
-from draftsieve.core.decode import next_tokens
-from draftsieve.core.kv_scorers import SCORERS
-from draftsieve.core.memory import read_memory
-from draftsieve.core.sparse_flex import flex_sparse_attention
-from draftsieve.core.sparse_prefill import choose_columns, is_worth, sparse_attention
-from draftsieve.core.speckv import Eviction, evict
+from draftsieve.core.generation.decode import next_tokens
+from draftsieve.core.kv_cache.prefix import read_memory
+from draftsieve.core.speckv import sparse_prefill
+from draftsieve.core.speckv.evict import Eviction, evict
+from draftsieve.core.speckv.scorers import SCORERS
+from draftsieve.core.speckv.sparse_flex import flex_sparse_attention
+from draftsieve.core.speckv.sparse_prefill import choose_columns, is_worth, sparse_attention
 
 from . import families
 from .adapters_fixtures import QUESTION, TEXTS, tiny_engine, tiny_model, tiny_tokenizer

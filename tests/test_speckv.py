@@ -22,15 +22,15 @@ from transformers import (
 from transformers.masking_utils import eager_mask
 
 from draftsieve import Engine, Generation, Prompt, SpecKV, SpecKVPC, SpecPC
-from draftsieve.core import speckv_batch
-from draftsieve.core.cache import EvictedLayer, cache_bytes
-from draftsieve.core.decode import next_tokens
 from draftsieve.core.errors import BudgetError, ModelError
-from draftsieve.core.joining import join_evicted
-from draftsieve.core.kv_scorers import SCORERS, h2o
-from draftsieve.core.lookahead import look_ahead
-from draftsieve.core.reading import pad_left
-from draftsieve.core.speckv import Eviction, evict
+from draftsieve.core.generation.decode import next_tokens
+from draftsieve.core.kv_cache.batch import join_evicted
+from draftsieve.core.kv_cache.layers import EvictedLayer, cache_bytes
+from draftsieve.core.kv_cache.prefill import pad_left
+from draftsieve.core.speckv import batch as speckv_batch
+from draftsieve.core.speckv.evict import Eviction, evict
+from draftsieve.core.speckv.lookahead import look_ahead
+from draftsieve.core.speckv.scorers import SCORERS, h2o
 from draftsieve.core.types import PromptTokens
 
 from . import families

@@ -21,12 +21,12 @@ from transformers import (
 from transformers import models as zoo
 
 from draftsieve import Engine, Generation, Prompt, SpecKV
-from draftsieve.core.cache import EvictedLayer, cache_bytes
 from draftsieve.core.compressor import Compressor
-from draftsieve.core.decode import next_tokens
 from draftsieve.core.errors import ModelError
-from draftsieve.core.preparing import MAX_LOOKAHEAD
-from draftsieve.core.speckv import Eviction, evict
+from draftsieve.core.generation.decode import next_tokens
+from draftsieve.core.generation.preparing import MAX_LOOKAHEAD
+from draftsieve.core.kv_cache.layers import EvictedLayer, cache_bytes
+from draftsieve.core.speckv.evict import Eviction, evict
 from draftsieve.core.types import Answer
 
 from . import families

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from draftsieve import Engine, Generation, SpecKV, SpecKVPC, SpecPC
-from draftsieve.core.cache import cache_bytes
-from draftsieve.core.decode import next_tokens
-from draftsieve.core.speckv import evict
+from draftsieve.core.generation.decode import next_tokens
+from draftsieve.core.kv_cache.layers import cache_bytes
+from draftsieve.core.speckv.evict import evict
 
 from . import recorded
 

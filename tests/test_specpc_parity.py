@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from draftsieve import Engine, SpecPC
-from draftsieve.core.draft import read_draft
-from draftsieve.core.scoring import pool
-from draftsieve.core.specpc import select
+from draftsieve.core.specpc.draft_scores import read_draft
+from draftsieve.core.specpc.scoring import pool
+from draftsieve.core.specpc.select import select
 from draftsieve.core.types import DraftReading
 
 from . import recorded

@@ -14,15 +14,9 @@ from draftsieve.core.errors import ConfigError, PromptError
 from draftsieve.core.evaluation.metrics import Score, normalised, score_answer, survival, word_f1
 from draftsieve.core.evaluation.puzzles import NOT_FOUND, TASKS, attributes, natural_sentences
 from draftsieve.core.evaluation.squad import read_article
-from draftsieve.core.evaluation.tasks import (
-    EvalItem,
-    Place,
-    make_item,
-    make_items,
-    natural_items,
-)
+from draftsieve.core.evaluation.tasks import EvalItem, Place, make_item, make_items, natural_items
 from draftsieve.core.evaluation.world import names
-from draftsieve.core.lexical import bm25
+from draftsieve.core.specpc.bm25 import bm25
 from draftsieve.core.types import Segment
 
 from .adapters_fixtures import tiny_compressor

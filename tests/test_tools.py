@@ -6,11 +6,16 @@ from typing import Any
 
 import pytest
 
-from draftsieve.core.constrained import Grammar
-from draftsieve.core.encoding import PromptEncoder
 from draftsieve.core.errors import GrammarError
-from draftsieve.core.prompt import Prompt
-from draftsieve.core.tools import ToolReader, answer_grammar, parse_tool_calls, stated_schema
+from draftsieve.core.grammar import Grammar
+from draftsieve.core.prompt.encoder import PromptEncoder
+from draftsieve.core.prompt.messages import Prompt
+from draftsieve.core.prompt.tool_calls import (
+    ToolReader,
+    answer_grammar,
+    parse_tool_calls,
+    stated_schema,
+)
 from draftsieve.core.types import Segment, ToolCall
 
 from .tokenizer_styles import chatml, llama3, phi3

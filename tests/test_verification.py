@@ -13,12 +13,13 @@ from transformers.cache_utils import DynamicLayer
 
 from draftsieve import Engine, Generation, Prompt, Quantization, SpecKV, SpecPC
 from draftsieve.core.config import DraftKind
-from draftsieve.core.decode import Start, _Sampler, from_scratch, next_tokens
-from draftsieve.core.drafters.tree import EMPTY, TokenTree
 from draftsieve.core.errors import ModelError
-from draftsieve.core.speckv import evict
-from draftsieve.core.tree_reader import TreeReader, obstacle
-from draftsieve.core.verify import Speculation, Tally, verified_tokens
+from draftsieve.core.generation.decode import _Sampler, next_tokens
+from draftsieve.core.generation.speculative.drafters.tree import EMPTY, TokenTree
+from draftsieve.core.generation.speculative.tree_attention import TreeReader, obstacle
+from draftsieve.core.generation.speculative.verify import Speculation, Tally, verified_tokens
+from draftsieve.core.kv_cache.prefill import Start, from_scratch
+from draftsieve.core.speckv.evict import evict
 
 from . import families
 from .adapters_fixtures import QUESTION, TEXTS, tiny_engine, tiny_model, tiny_tokenizer

@@ -17,13 +17,13 @@ from typing import Any
 import torch
 
 from ..config import SpecPC
-from ..draft import read_draft
 from ..errors import ConfigError
-from ..head_weights import read_heads
-from ..models import context_window
-from ..shortening import asking_rows
+from ..models.loading import context_window
+from ..specpc.chunking import Piece, spread_scores
+from ..specpc.draft_scores import read_draft
+from ..specpc.head_weights import read_heads
+from ..specpc.pipeline import asking_rows
 from ..types import PromptTokens
-from ..windows import Piece, spread_scores
 from .intervals import bootstrap_mean
 from .plots import draw, empty_axes, save
 from .shared import Bench

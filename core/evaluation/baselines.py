@@ -9,8 +9,8 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
-from ..kept import join_spans, merge_spans
-from ..units import sentence_spans
+from ..specpc.ranking import join_spans, merge_spans
+from ..specpc.units import sentence_spans
 from .squad import Counter, Scorer
 
 Spans = tuple[tuple[int, int], ...]

@@ -20,10 +20,10 @@ from tqdm import tqdm
 from ..compressor import Compressor
 from ..config import SpecPC
 from ..errors import ConfigError, ModelError
-from ..head_weights import HeadWeights, read_heads
-from ..models import context_window, fingerprint
-from ..scoring import row_weights
-from ..shortening import asking_rows
+from ..models.loading import context_window, fingerprint
+from ..specpc.head_weights import HeadWeights, read_heads
+from ..specpc.pipeline import asking_rows
+from ..specpc.scoring import row_weights
 from ..types import PromptTokens
 from .puzzles import TASKS
 from .scorers import require_eval

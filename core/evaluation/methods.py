@@ -19,9 +19,9 @@ from pydantic import ValidationError
 from ..config import Scorer as CacheScorer
 from ..config import SpecKV, SpecKVPC, SpecPC
 from ..errors import ConfigError
-from ..head_weights import head_weights
-from ..kv_scorers import SCORERS
-from ..lexical import bm25
+from ..speckv.scorers import SCORERS
+from ..specpc.bm25 import bm25
+from ..specpc.head_weights import head_weights
 from ..types import Answer
 from . import scorers, specprefill, surprise
 from .baselines import (

@@ -18,8 +18,8 @@ from typing import Any
 from tqdm import tqdm
 
 from ..errors import ConfigError, DraftSieveError, OutOfMemoryError
-from ..lexical import bm25
-from ..prompt import DEFAULT_SYSTEM
+from ..prompt.messages import DEFAULT_SYSTEM
+from ..specpc.bm25 import bm25
 from .methods import EvalMethod, Run, find_methods
 from .metrics import score_answer, survival
 from .plots import write_plots

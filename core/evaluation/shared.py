@@ -11,15 +11,15 @@ import torch
 
 from ..compressor import Compressor
 from ..config import Generation, Method, SpecPC
-from ..encoding import PromptEncoder
 from ..errors import ModelError
-from ..lookahead import greedy
-from ..memory import read_memory
-from ..models import LoadedModel, fingerprint
-from ..pipeline import Pipeline
-from ..positions import kept_places, start_at
-from ..prompt import Prompt
-from ..request import Memories
+from ..generation.pipeline import Pipeline
+from ..generation.request import Memories
+from ..kv_cache.prefix import read_memory
+from ..models.loading import LoadedModel, fingerprint
+from ..prompt.encoder import PromptEncoder
+from ..prompt.messages import Prompt
+from ..speckv.lookahead import greedy
+from ..specpc.sparse_positions import kept_places, start_at
 from ..types import Answer, DraftReading, PromptTokens
 from .baselines import Kept
 from .tasks import EvalItem

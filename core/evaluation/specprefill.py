@@ -14,10 +14,10 @@ import torch
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from ..capture import observing, visible_keys
-from ..draft import guess
 from ..errors import ModelError
-from ..scoring import attention_probabilities
+from ..models.attention_capture import observing, visible_keys
+from ..specpc.draft_scores import guess
+from ..specpc.scoring import attention_probabilities
 from ..types import PromptTokens
 from .baselines import Kept
 

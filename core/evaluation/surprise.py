@@ -13,8 +13,8 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedModel
 
-from ..encoding import PromptEncoder
-from ..prompt import Prompt
+from ..prompt.encoder import PromptEncoder
+from ..prompt.messages import Prompt
 from ..types import PromptTokens
 from .baselines import Kept
 from .squad import Counter

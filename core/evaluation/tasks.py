@@ -12,8 +12,8 @@ from itertools import cycle
 from typing import Any, Literal
 
 from ..errors import ConfigError
-from ..prompt import DEFAULT_SYSTEM, Prompt
-from ..units import sentence_spans
+from ..prompt.messages import DEFAULT_SYSTEM, Prompt
+from ..specpc.units import sentence_spans
 from .puzzles import NOT_FOUND, TASKS, Needle, Puzzle, World, natural_sentences
 from .squad import Article, Counter, Scorer, build_items, sample_questions
 

@@ -33,7 +33,7 @@ from drafting_ways import THEIRS, Run, Way, run
 
 from draftsieve import Engine
 from draftsieve.core.config import DraftKind
-from draftsieve.core.drafting import Drafters
+from draftsieve.core.generation.speculative.select import Drafters
 
 PARTS = ("replay", "generate", "bound", "cost")
 LEAST_DISTINCT = 0.8  # share of different 4-grams below which an answer counts as a loop

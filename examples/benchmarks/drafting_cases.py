@@ -13,8 +13,8 @@ import torch
 from compression_cost import SQUAD
 
 from draftsieve import Engine, Prompt
-from draftsieve.core.drafters.store import TrigramStore
 from draftsieve.core.evaluation.squad import read_article
+from draftsieve.core.generation.speculative.drafters.store import TrigramStore
 from draftsieve.retrievers.folder import read_folder
 
 HANDBOOK = Path(__file__).parent.parent / "data" / "handbook"

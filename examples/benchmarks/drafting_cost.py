@@ -12,12 +12,12 @@ from drafting_ways import simulate
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from draftsieve import Engine
-from draftsieve.core.decode import from_scratch
-from draftsieve.core.drafters.aded import AdedDrafter
-from draftsieve.core.drafters.lookup import LookupDrafter
-from draftsieve.core.drafters.store import TrigramStore
-from draftsieve.core.drafters.tree import Drafter, TokenTree, UnionDrafter
-from draftsieve.core.tree_reader import TreeReader
+from draftsieve.core.generation.speculative.drafters.aded import AdedDrafter
+from draftsieve.core.generation.speculative.drafters.lookup import LookupDrafter
+from draftsieve.core.generation.speculative.drafters.store import TrigramStore
+from draftsieve.core.generation.speculative.drafters.tree import Drafter, TokenTree, UnionDrafter
+from draftsieve.core.generation.speculative.tree_attention import TreeReader
+from draftsieve.core.kv_cache.prefill import from_scratch
 
 SIZES = (0, 4, 8, 16, 32, 64)
 

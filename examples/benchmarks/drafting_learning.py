@@ -19,8 +19,8 @@ from drafting_cases import Case, handbook_store, make_cases
 from drafting_ways import simulate
 
 from draftsieve import Engine
-from draftsieve.core.drafters.aded import AdedDrafter, Search
-from draftsieve.core.drafters.store import TrigramStore
+from draftsieve.core.generation.speculative.drafters.aded import AdedDrafter, Search
+from draftsieve.core.generation.speculative.drafters.store import TrigramStore
 
 WINDOW = 25  # requests that a point of the picture is the mean of
 

@@ -15,11 +15,11 @@ from transformers import PreTrainedModel
 
 from draftsieve import Engine, Generation
 from draftsieve.core.config import DraftKind
-from draftsieve.core.decode import next_tokens
-from draftsieve.core.draft import end_token_ids
-from draftsieve.core.drafters.tree import Drafter
-from draftsieve.core.drafting import Drafters, DraftPlan
-from draftsieve.core.verify import Speculation, Tally, verified_tokens
+from draftsieve.core.generation.decode import next_tokens
+from draftsieve.core.generation.speculative.drafters.tree import Drafter
+from draftsieve.core.generation.speculative.select import Drafters, DraftPlan
+from draftsieve.core.generation.speculative.verify import Speculation, Tally, verified_tokens
+from draftsieve.core.models.loading import end_token_ids
 
 Way = DraftKind | dict[str, Any] | None  # a drafter of ours, options of generate, or nothing
 THEIRS: dict[str, dict[str, Any]] = {

@@ -19,10 +19,10 @@ import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from draftsieve import Generation, SpecKV
-from draftsieve.core.cache import EvictedLayer, cache_bytes
-from draftsieve.core.decode import Start, next_tokens
-from draftsieve.core.reading import pad_left
-from draftsieve.core.speckv import evict
+from draftsieve.core.generation.decode import next_tokens
+from draftsieve.core.kv_cache.layers import EvictedLayer, cache_bytes
+from draftsieve.core.kv_cache.prefill import Start, pad_left
+from draftsieve.core.speckv.evict import evict
 
 
 def main(argv: Sequence[str] | None = None) -> int:

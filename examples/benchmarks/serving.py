@@ -24,7 +24,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrai
 
 from draftsieve import Answer, Engine, Generation, SpecKV
 from draftsieve.core.evaluation.squad import Article, read_article
-from draftsieve.core.models import pick_device
+from draftsieve.core.models.loading import pick_device
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,7 @@ from serving import entry_bytes, random_pair
 
 from draftsieve import Engine, Generation, SpecKV
 from draftsieve.core.evaluation.squad import Article, read_article
-from draftsieve.core.models import pick_device
+from draftsieve.core.models.loading import pick_device
 from draftsieve.core.session import Session
 
 READ_AGAIN = "read again"

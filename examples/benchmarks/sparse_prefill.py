@@ -20,11 +20,11 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from draftsieve import SpecKV
-from draftsieve.core import sparse_prefill
-from draftsieve.core.models import load_model
-from draftsieve.core.sparse_flex import flex_sparse_attention
-from draftsieve.core.sparse_prefill import is_worth, sparse_attention
-from draftsieve.core.speckv import evict
+from draftsieve.core.models.loading import load_model
+from draftsieve.core.speckv import sparse_prefill
+from draftsieve.core.speckv.evict import evict
+from draftsieve.core.speckv.sparse_flex import flex_sparse_attention
+from draftsieve.core.speckv.sparse_prefill import is_worth, sparse_attention
 
 
 def main(argv: Sequence[str] | None = None) -> int:

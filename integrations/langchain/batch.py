@@ -11,7 +11,7 @@ from langchain_core.runnables import RunnableConfig
 from langchain_core.runnables.config import ContextThreadPoolExecutor, get_config_list
 
 from ...core.engine import Engine
-from ...core.together import Member, members_of_batch
+from ...core.runtime.micro_batch import Member, members_of_batch
 
 MOST_AT_ONCE = 32
 """Rows of a batch where `max_concurrency` says nothing."""

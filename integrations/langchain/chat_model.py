@@ -16,7 +16,7 @@ from langchain_core.utils.function_calling import convert_to_openai_tool
 
 from ...core.config import Method
 from ...core.errors import ConfigError
-from ...core.prompt import Prompt
+from ...core.prompt.messages import Prompt
 from ...core.types import Answer, Chunk
 from .batch import Configs, arun_together, asked_by, run_together
 from .messages import as_mappings, usage_metadata

@@ -11,7 +11,7 @@ from langchain_core.outputs import Generation, GenerationChunk, LLMResult
 
 from ...core.config import Method
 from ...core.errors import GrammarError
-from ...core.prompt import Prompt
+from ...core.prompt.messages import Prompt
 from ...core.types import Answer, Chunk
 from .messages import usage_metadata
 from .options import CALL_OPTIONS, STRICT, EngineOptions, as_passages

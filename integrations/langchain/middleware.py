@@ -12,11 +12,10 @@ from langchain_core.utils.function_calling import convert_to_openai_tool
 from pydantic import TypeAdapter
 
 from ...core.compressor import Compressor
-from ...core.config import Quantization, SpecPC
-from ...core.prompt import DEFAULT_SYSTEM
-from ...core.shortening import OnError
-from ...core.turn_compressor import TurnCompressor
-from ...core.turns import Keep, Turn
+from ...core.config import OnError, Quantization, SpecPC
+from ...core.conversation.compressor import TurnCompressor
+from ...core.conversation.turns import Keep, Turn
+from ...core.prompt.messages import DEFAULT_SYSTEM
 from ...retrievers.extras import require
 from .turns import RECALL, Piece, key_of, message_pieces, shortened, texts
 

@@ -9,10 +9,9 @@ from langchain_core.documents import Document
 from langchain_core.language_models import BaseLanguageModel, LangSmithParams
 from pydantic import ConfigDict, Field
 
-from ...core.config import Generation, Method, Options, Quantization
+from ...core.config import Generation, Method, OnError, Options, Quantization
 from ...core.engine import Engine
 from ...core.errors import ModelError
-from ...core.shortening import OnError
 from ...core.types import Answer, Passage
 from .tools import TOOL_OPTIONS, grammar_of
 

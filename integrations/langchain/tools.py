@@ -12,9 +12,9 @@ from langchain_core.messages import ToolCall as Call
 from langchain_core.messages.tool import invalid_tool_call, tool_call_chunk
 from langchain_core.messages.tool import tool_call as as_call
 
-from ...core.constrained import Grammar
 from ...core.errors import GrammarError
-from ...core.tools import answer_grammar, stated_schema
+from ...core.grammar import Grammar
+from ...core.prompt.tool_calls import answer_grammar, stated_schema
 from ...core.types import ToolCall
 
 TOOL_OPTIONS = frozenset({"tools", "tool_choice", "parallel_tool_calls", "response_format"})

@@ -10,7 +10,7 @@ from typing import Any
 
 from langchain_core.messages import AIMessage, BaseMessage
 
-from ...core.turns import Keep, ShortTurns, Turn
+from ...core.conversation.turns import Keep, ShortTurns, Turn
 from ...retrievers.provenance import KEY
 
 RECALL = "recall"  # the tool that the notes speak of

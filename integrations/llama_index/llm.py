@@ -34,8 +34,8 @@ from llama_index.core.types import BasePydanticProgram, Model
 
 from ...core.config import Method
 from ...core.errors import ModelError
-from ...core.prompt import Prompt
-from ...core.tools import answer_grammar, stated_schema
+from ...core.prompt.messages import Prompt
+from ...core.prompt.tool_calls import answer_grammar, stated_schema
 from ...core.types import Answer, Chunk
 from .messages import as_prompt, report, token_counts
 from .options import EngineOptions

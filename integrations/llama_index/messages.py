@@ -21,7 +21,7 @@ from llama_index.core.schema import BaseNode, MetadataMode, NodeWithScore
 
 from ...core.config import Method
 from ...core.errors import PromptError
-from ...core.prompt import Prompt
+from ...core.prompt.messages import Prompt
 from ...core.types import Answer, Passage
 from .tools import call_mapping
 

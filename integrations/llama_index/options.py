@@ -8,11 +8,10 @@ from typing import Any
 from llama_index.core.llms.function_calling import FunctionCallingLLM
 from pydantic import ConfigDict, Field
 
-from ...core.config import Generation, Method, Options, Quantization
+from ...core.config import Generation, Method, OnError, Options, Quantization
 from ...core.engine import Engine
 from ...core.errors import ModelError
-from ...core.shortening import OnError
-from ...core.tools import answer_grammar
+from ...core.prompt.tool_calls import answer_grammar
 
 _NAMES = {"max_tokens": "max_new_tokens"}  # LlamaIndex's name -> ours
 _DECODING = (

@@ -41,8 +41,8 @@ from draftsieve.core.evaluation.records import (
 from draftsieve.core.evaluation.shared import Bench, Case
 from draftsieve.core.evaluation.surprise import token_surprise
 from draftsieve.core.evaluation.tasks import EvalItem
-from draftsieve.core.models import load_model, resolve
-from draftsieve.core.speckv import token_capacity
+from draftsieve.core.models.loading import load_model, resolve
+from draftsieve.core.speckv.evict import token_capacity
 
 RECORDS, REPORT = "peers.jsonl", "peers.md"
 logger = logging.getLogger("peers")

@@ -1,0 +1,1 @@
+"""A conversation kept within a budget, text by text."""

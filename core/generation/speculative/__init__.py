@@ -1,0 +1,1 @@
+"""Lossless faster decoding: drafts are verified as a tree in one pass."""

@@ -1,0 +1,213 @@
+"""A model reads a tree of tokens in one pass: every node sees its ancestors only.
+
+The cache holds one column for each node until `keep` leaves those of one path. Works on full and
+on evicted caches, and on sliding windows; `obstacle` says where it does not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import Cache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from ...kv_cache.layers import EvictedLayer, NewestLayer, UnevenLayer, attending
+from ...models.attention_capture import own_implementation
+from ...models.loading import context_window
+
+_FULL = (DynamicLayer, EvictedLayer, UnevenLayer)
+_SLIDING = (DynamicSlidingWindowLayer, NewestLayer)
+_KINDS = {"full_attention", "sliding_attention"}
+
+
+def obstacle(model: PreTrainedModel, cache: Cache) -> str | None:
+    """Why a model with this cache cannot read trees; None if it can."""
+    config = model.config.get_text_config()
+    own = own_implementation(config)
+    if own not in ("sdpa", "eager"):
+        return f"{own} attention takes no tree mask; load the model with sdpa or eager"
+    if not getattr(model, "_supports_attention_backend", False):
+        return f"{type(model).__name__} does not use transformers' attention interface"
+    kinds = {type(layer) for layer in cache.layers}
+    strange = sorted(kind.__name__ for kind in kinds - {*_FULL, *_SLIDING})
+    strange += sorted(set(getattr(config, "layer_types", None) or ()) - _KINDS)
+    if strange:
+        return f"cache layers without support for trees: {', '.join(strange)}"
+    return None
+
+
+class TreeReader:
+    """A model and its cache, with a tree of tokens behind what the cache holds for good.
+
+    Args:
+        model: The model; `obstacle` must be None.
+        cache: What it has read: `length` tokens of one row without padding. It is changed.
+        mask: (1, length) int64 as for the model, 0 at columns that an eviction has emptied.
+    """
+
+    def __init__(self, model: PreTrainedModel, cache: Cache, mask: torch.Tensor) -> None:
+        self.model, self.cache, self._mask = model, cache, mask
+        self.length = mask.shape[1]  # tokens that stay
+        self._ancestors: list[list[int]] = []  # of each node behind them, itself included
+        self._text_mask: torch.Tensor | None = None  # of the newest pass, if it read no branches
+        cache.layers = [_widened(layer) for layer in cache.layers]
+        config = model.config.get_text_config()
+        windows = [la.sliding_window for la in cache.layers if isinstance(la, WideWindowLayer)]
+        self._window: int | None = windows[0] if windows else None
+        self._mixed = 0 < len(windows) < len(cache.layers)
+        self._additive = own_implementation(config) == "eager"
+        self._limits = context_window(model), *_rotation_border(config)
+
+    def room(self) -> int:
+        """How many tokens a path may have now, without changing what any of them means."""
+        longest, border, fixed_after = self._limits
+        if border is not None and (self.length < border or not fixed_after):
+            longest = border if longest is None else min(border, longest)
+        return 1 << 30 if longest is None else max(0, longest - self.length)
+
+    def read(self, tokens: Sequence[int], parents: Sequence[int]) -> torch.Tensor:
+        """Append nodes to the tree.
+
+        Args:
+            tokens: Their tokens.
+            parents: For each the number of the node it follows, counted from 0 since the last
+                `keep` in the order of reading; -1 for what the cache holds for good.
+
+        Returns:
+            (nodes, vocabulary) logits of what follows each node.
+        """
+        before = len(self._ancestors)
+        for parent in parents:
+            line = self._ancestors[parent] if parent >= 0 else []
+            self._ancestors.append([*line, len(self._ancestors)])
+        depths = [len(line) - 1 for line in self._ancestors[before:]]
+        device = self._mask.device
+        positions = torch.tensor([depths], device=device) + self.length  # (1, nodes)
+        mask: Any
+        self._text_mask = None
+        if list(parents) == list(range(-1, len(tokens) - 1)) and not before:  # just a text
+            mask = self._text_mask = torch.cat([self._mask, torch.ones_like(positions)], dim=1)
+        else:
+            mask = self._tree_mask(before, depths)
+        with torch.no_grad(), attending(self.model, self.cache):
+            logits: torch.Tensor = self.model(
+                input_ids=torch.tensor([list(tokens)], device=device),
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=self.cache,
+                use_cache=True,
+            ).logits
+        return logits[0]
+
+    def keep(self, path: Sequence[int]) -> None:
+        """Keep the nodes of a path from the root on, in their order; forget the others."""
+        nodes = len(self._ancestors)
+        text = self._text_mask if len(path) == nodes else None  # all of it stays where it is
+        if text is None or self._window is not None:
+            for layer in self._layers():
+                if layer.is_initialized:
+                    _keep_path(layer, nodes, path, self.length + len(path))
+        self.length += len(path)
+        added = self._mask.new_ones(1, len(path))
+        self._mask = torch.cat([self._mask, added], dim=1) if text is None else text
+        self._ancestors = []
+
+    def _layers(self) -> list[Any]:
+        return list(self.cache.layers)
+
+    def _tree_mask(self, before: int, depths: list[int]) -> Any:
+        """What the nodes from `before` on may see: one mask, or one for each kind of layer."""
+        nodes = len(self._ancestors)
+        tree = np.zeros((len(depths), nodes), dtype=bool)
+        for row, line in enumerate(self._ancestors[before:]):
+            tree[row, line] = True
+        layers = [layer for layer in self._layers() if layer.is_initialized]
+        full = next((la for la in layers if not isinstance(la, WideWindowLayer)), None)
+        masks: dict[str, torch.Tensor] = {}
+        if full is not None:
+            past = _columns(full) - before
+            masks["full_attention"] = self._finish(
+                np.concatenate([np.ones((len(depths), past), dtype=bool), tree], axis=1)
+            )
+        if self._window is not None:
+            layer = next(la for la in layers if isinstance(la, WideWindowLayer))
+            past = _columns(layer) - before
+            own = np.array(depths)[:, None]  # (nodes, 1), counted from `length`
+            others = np.array([len(line) - 1 for line in self._ancestors])  # (nodes of the tree,)
+            seen = own - np.arange(-past, 0) < self._window
+            near = tree & (own - others < self._window)
+            masks["sliding_attention"] = self._finish(np.concatenate([seen, near], axis=1))
+        return masks if self._mixed else next(iter(masks.values()))
+
+    def _finish(self, visible: np.ndarray[Any, np.dtype[np.bool_]]) -> torch.Tensor:
+        """(1, 1, nodes, columns), bool for sdpa and added to the scores for eager attention."""
+        mask = torch.from_numpy(visible).to(self._mask.device)[None, None]
+        if not self._additive:
+            return mask
+        dtype = self.model.dtype
+        lowest = torch.full((), torch.finfo(dtype).min, dtype=dtype, device=mask.device)
+        return torch.where(mask, torch.zeros_like(lowest), lowest)
+
+
+class WideWindowLayer(DynamicSlidingWindowLayer):
+    """A sliding window that shows all it holds: the window before the tree, and the whole tree."""
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append; `TreeReader.keep` shortens."""
+        self.cumulative_length += key_states.shape[-2]
+        return DynamicLayer.update(self, key_states, value_states, *args, **kwargs)
+
+
+def _columns(layer: Any) -> int:
+    """Entries of the part that masks describe."""
+    return int(layer.keys.shape[-2])
+
+
+def _widened(layer: Any) -> Any:
+    """The same sliding window as a layer that can hold a tree; other layers as they are."""
+    if not isinstance(layer, _SLIDING) or isinstance(layer, WideWindowLayer):
+        return layer
+    wide = WideWindowLayer(layer.sliding_window)
+    for name in (*vars(wide), "dtype", "device"):
+        if hasattr(layer, name):
+            setattr(wide, name, getattr(layer, name))
+    return wide
+
+
+def _keep_path(layer: Any, nodes: int, path: Sequence[int], length: int) -> None:
+    """Leave the path's columns of the newest `nodes` ones, and of a window what is still seen."""
+    past = _columns(layer) - nodes
+    end, first = past + len(path), 0
+    if isinstance(layer, WideWindowLayer):
+        first = max(0, end - layer.sliding_window + 1)
+        layer.cumulative_length = length
+    moved = list(path) != list(range(len(path)))
+    if not moved and first == 0 and len(path) == nodes:
+        return  # all of it stays where it is
+    columns = torch.tensor(path, device=layer.keys.device) + past if moved else None
+    for name in ("keys", "values"):
+        states = getattr(layer, name)  # (1, kv_heads, columns, head_dim), owned by the cache
+        if columns is not None:
+            states[:, :, past:end] = states[:, :, columns]
+        setattr(layer, name, states[:, :, first:end])
+
+
+def _rotation_border(config: Any) -> tuple[int | None, bool]:
+    """Where rotary embeddings change with the length read, and whether they are fixed after it.
+
+    A pass across that border would turn all its tokens by the longest one's frequencies.
+    """
+    found = getattr(config, "rope_parameters", None) or {}
+    parts: Iterable[Any] = [found, *(part for part in found.values() if isinstance(part, dict))]
+    for part in parts:
+        kind = str(part.get("rope_type", "default"))
+        if "dynamic" in kind or kind == "longrope":
+            fallback = getattr(config, "original_max_position_embeddings", None)
+            border = part.get("original_max_position_embeddings") or fallback
+            return border or config.max_position_embeddings, kind == "longrope"
+    return None, True

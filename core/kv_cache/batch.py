@@ -1,0 +1,82 @@
+"""Caches of prompts that were read apart, side by side as one cache of a left-padded batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from .layers import EvictedLayer, StoppableCache
+
+
+def can_join(model: PreTrainedModel) -> bool:
+    """Whether `join_caches` knows all layers of this model's cache."""
+    kinds = {type(layer) for layer in DynamicCache(config=model.config).layers}
+    return kinds <= {DynamicLayer, DynamicSlidingWindowLayer}
+
+
+def join_caches(
+    model: PreTrainedModel, parts: Sequence[Cache], rows: Sequence[Sequence[int]]
+) -> Cache:
+    """Full caches side by side as one; all rows end in the same column. The parts are emptied.
+
+    Args:
+        model: Whose caches they are; `can_join` it, unless there is only one part.
+        parts: Caches of prompts that were read without anything behind them.
+        rows: Of each part, its rows' places in the joined batch.
+    """
+    if len(parts) == 1 and list(rows[0]) == sorted(rows[0]):
+        return parts[0]
+    joined = StoppableCache(config=model.config)
+    columns = max(part.get_seq_length() for part in parts)
+    for index, layer in enumerate(joined.layers):
+        size = columns
+        if isinstance(layer, DynamicSlidingWindowLayer):
+            size = min(columns, layer.sliding_window - 1)
+            layer.cumulative_length = columns
+        pieces = [it for part in parts if isinstance(it := part.layers[index], DynamicLayer)]
+        assert isinstance(layer, DynamicLayer)  # `can_join` has looked
+        keys = _aligned([piece.keys for piece in pieces], rows, size)
+        values = _aligned([piece.values for piece in pieces], rows, size)
+        layer.lazy_initialization(keys, values)
+        layer.keys, layer.values = keys, values
+        for piece in pieces:
+            piece.keys = piece.values = None
+    return joined
+
+
+def join_evicted(parts: Sequence[Cache], rows: Sequence[Sequence[int]]) -> Cache:
+    """Evicted caches side by side as one; unfilled slots stand in front. The parts are emptied.
+
+    Args:
+        parts: Caches of which all layers are plain `EvictedLayer`s with nothing behind the prompt.
+        rows: As for `join_caches`.
+    """
+    joined = Cache(layers=[EvictedLayer() for _ in parts[0].layers])
+    seen = max(part.get_seq_length() for part in parts)
+    for index, layer in enumerate(joined.layers):
+        pieces = [it for part in parts if isinstance(it := part.layers[index], EvictedLayer)]
+        assert isinstance(layer, EvictedLayer)  # for the type checker: made above
+        size = max(piece.keys.shape[2] for piece in pieces if piece.keys is not None)
+        keys = _aligned([piece.keys for piece in pieces], rows, size)
+        values = _aligned([piece.values for piece in pieces], rows, size)
+        layer.lazy_initialization(keys, values)
+        layer.keys, layer.values = keys, values
+        layer.hidden, layer.slots, layer.reading = seen - size, size, False
+        for piece in pieces:
+            piece.keys = piece.values = None
+    return joined
+
+
+def _aligned(
+    parts: Sequence[torch.Tensor | None], rows: Sequence[Sequence[int]], size: int
+) -> torch.Tensor:
+    """(batch, kv_heads, size, head_dim): the parts' rows at their places, zeros in front."""
+    states = [part for part in parts if part is not None]
+    batch = sum(map(len, rows))
+    whole = states[0].new_zeros(batch, states[0].shape[1], size, states[0].shape[3])
+    for part, places in zip(states, rows, strict=True):
+        whole[list(places), :, size - part.shape[2] :] = part
+    return whole

@@ -1,0 +1,1 @@
+"""Loading models, and the one place that looks into their attention."""

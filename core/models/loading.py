@@ -1,0 +1,329 @@
+"""Loading models: a hub id, a local folder, or the bundled "builtin:target" / "builtin:draft"."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from threading import Lock
+from traceback import format_exception
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
+
+from ..config import Quantization
+from ..errors import ModelError, ModelNotFoundError, OutOfMemoryError
+
+logger = logging.getLogger(__name__)
+BUILTIN = "builtin:"
+_PROGRESS = Lock()
+_WARMING = Lock()
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A model in evaluation mode with its tokenizer."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    name: str
+
+
+def load_model(
+    name: str | Path,
+    *,
+    quantization: Quantization | None = None,
+    device: str = "auto",
+    dtype: str | torch.dtype = "auto",
+    trust_remote_code: bool = False,
+    progress: bool = True,
+) -> LoadedModel:
+    """Load a causal language model and its tokenizer; only safetensors weights are read.
+
+    Args:
+        name: "builtin:target", "builtin:draft", a folder, or a Hugging Face hub id.
+        quantization: bitsandbytes weights, on CPU or CUDA; None for none.
+        device: "auto" (CUDA where present, else CPU), "cpu", "cuda", "cuda:1", ...
+        dtype: "auto" is the checkpoint's own type on CUDA and float32 on CPU.
+        trust_remote_code: Run code that a hub repository carries. Off unless you ask for it.
+        progress: Show transformers' loading bars.
+
+    Raises:
+        ModelNotFoundError: There is no such model, or it cannot be reached.
+        ModelError: It exists but cannot be loaded.
+        OutOfMemoryError: It does not fit.
+    """
+    source = resolve(name)
+    place = pick_device(device)
+    options: dict[str, Any] = {
+        "dtype": pick_dtype(dtype, place),
+        "trust_remote_code": trust_remote_code,
+        "use_safetensors": True,
+        "device_map": {"": place},
+    }
+    if quantization is not None:
+        options["quantization_config"] = _bitsandbytes(quantization, options["dtype"])
+    work = f"loading {str(name)!r}"
+    with explain_out_of_memory(work), _loading_errors(str(name)), _progress_bars(progress):
+        AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+        model = AutoModelForCausalLM.from_pretrained(source, **options).eval()
+    accept(model)
+    logger.info("Loaded %s on %s, %.0f MB", name, place, model.get_memory_footprint() / 1e6)
+    return LoadedModel(model, tokenizer, str(name))
+
+
+def load_tokenizer(name: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer alone; arguments and errors as for `load_model`."""
+    with _loading_errors(str(name)):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            resolve(name), trust_remote_code=trust_remote_code
+        )
+    return tokenizer
+
+
+def resolve(name: str | Path) -> str:
+    """The folder of a bundled model, or the name as it is.
+
+    Raises:
+        ModelNotFoundError: "builtin:..." names no bundled model, or a path is not there.
+    """
+    text = str(name)
+    if not text.strip():
+        raise ModelNotFoundError("The model name is empty: give a hub id, a folder or builtin:...")
+    if text.startswith(BUILTIN):
+        home = Path(str(files("draftsieve.core.builtin")))
+        folder = home / text.removeprefix(BUILTIN)
+        if not (folder / "config.json").is_file():
+            known = sorted(f"{BUILTIN}{p.parent.name}" for p in home.glob("*/config.json"))
+            raise ModelNotFoundError(f"There is no bundled model {text!r}; there are: {known}.")
+        return str(folder)
+    looks_local = isinstance(name, Path) or text.startswith((".", "/", "~"))
+    path = Path(text).expanduser()
+    if looks_local and not path.is_dir():
+        raise ModelNotFoundError(f"The model folder {text!r} does not exist.")
+    return str(path) if path.is_dir() else text
+
+
+def pick_device(device: str) -> str:
+    """ "auto" is CUDA where present, else CPU; anything else is checked and returned."""
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise ModelError(f"{device!r} is no device; try 'auto', 'cpu' or 'cuda'.") from error
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ModelError(f"device={device!r}, but this torch sees no CUDA device; try 'auto'.")
+    return device
+
+
+def pick_dtype(dtype: str | torch.dtype, device: str) -> str | torch.dtype:
+    """ "auto" stays the checkpoint's own type on an accelerator and becomes float32 on CPU."""
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype == "auto":
+        return torch.float32 if device == "cpu" else "auto"
+    found = getattr(torch, dtype, None)
+    if not isinstance(found, torch.dtype):
+        raise ModelError(f"{dtype!r} is no dtype; try 'auto', 'float32' or 'bfloat16'.")
+    return found
+
+
+def context_window(model: PreTrainedModel) -> int | None:
+    """Most tokens the model reads, by its configuration; None if it states none."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def end_token_ids(model: PreTrainedModel) -> torch.Tensor:
+    """(ends,) int64: the tokens that end a generation of this model; empty if it has none."""
+    config = model.generation_config
+    ends = None if config is None else config.eos_token_id
+    return torch.tensor([] if ends is None else ends, dtype=torch.int64).reshape(-1)
+
+
+def fingerprint(model: PreTrainedModel) -> str:
+    """Tells weights apart without reading all of them: 16 hexadecimal digits.
+
+    Some values of each unquantised tensor are looked at, in float32: loading a bfloat16 checkpoint
+    as float32 changes nothing, other weights or quantising them do.
+    """
+    digest = hashlib.sha256()
+    for name, weights in model.named_parameters():
+        if weights.is_floating_point() and weights.numel() and not weights.is_meta:
+            flat = weights.detach().reshape(-1)
+            some = flat[:: max(1, flat.numel() // 64)][:64].float().cpu()
+            digest.update(f"{name} {tuple(weights.shape)}".encode())
+            digest.update(some.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+class explain_out_of_memory:  # noqa: N801, reads as a verb in `with`
+    """Turn an allocation failure into an `OutOfMemoryError` that names the models' sizes.
+
+    What the failed calls held (caches, activations) is freed when the error is raised, even where
+    the error is kept: its cause stays without its traceback, whose text becomes a note.
+
+    Args:
+        work: What is done in the block, with its sizes, for the message.
+        models: The models at work by their roles.
+    """
+
+    def __init__(self, work: str = "", **models: PreTrainedModel | None) -> None:
+        self.work, self.models = work, models
+
+    def __enter__(self) -> None:
+        """Begin the block."""
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: object
+    ) -> None:
+        """Raise the explained error in place of an allocation failure."""
+        if error is None or not _is_out_of_memory(error):
+            return
+        work = self.work or getattr(error, "work", "")
+        sizes = ", ".join(
+            f"{role} {model.get_memory_footprint() / 1e6:.0f} MB"
+            for role, model in self.models.items()
+            if model is not None
+        )
+        what = f" while {work}" if work else ""
+        weights = f"; the weights take: {sizes}" if sizes else ""
+        explained = OutOfMemoryError(
+            f"Out of memory{what}{weights}. Use a smaller capacity, fewer or shorter prompts at "
+            "once, Quantization(bits=4), or put the draft on another device.",
+            work,
+        )
+        explained.add_note("".join(format_exception(error)))
+        del trace  # this frame is part of the new traceback and must not hold the old one
+        _forget_frames(error)
+        raise explained from error
+
+
+def _forget_frames(error: BaseException) -> None:
+    """Free what the calls held that an error and those before it went through."""
+    chain: BaseException | None = error
+    seen: set[int] = set()
+    while chain is not None and id(chain) not in seen:
+        seen.add(id(chain))
+        chain.__traceback__ = None
+        chain = chain.__cause__ or chain.__context__
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and any(
+        sign in text
+        for sign in ("can't allocate memory", "not enough memory", "out of memory", "alloc_failed")
+    )
+
+
+def _bitsandbytes(options: Quantization, dtype: str | torch.dtype) -> BitsAndBytesConfig:
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns at every int8 matmul
+    if options.bits == 8:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    compute = dtype if isinstance(dtype, torch.dtype) else torch.bfloat16
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=compute,
+        bnb_4bit_use_double_quant=options.double_quant,
+    )
+
+
+def accept(model: PreTrainedModel) -> PreTrainedModel:
+    """A model in evaluation mode that requests may use from now on, several at once.
+
+    Raises:
+        ModelError: It is no decoder-only model.
+    """
+    if model.config.is_encoder_decoder or not model.can_generate():
+        raise ModelError(
+            f"{type(model).__name__} ({model.config.model_type}) is no decoder-only language model "
+            "with a head that predicts tokens, which targets and drafts must be: load one with "
+            "AutoModelForCausalLM."
+        )
+    model.eval()
+    guard_saving(model)
+    warm_up(model)
+    return model
+
+
+def warm_up(model: PreTrainedModel) -> None:
+    """Run one pass alone where the first one changes a model.
+
+    bitsandbytes repacks 4-bit weights for the CPU, and moves 8-bit ones, in place and without a
+    lock during the first pass: several threads at once would read half-changed weights.
+    """
+    if getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False):
+        with _WARMING, torch.no_grad():
+            model(input_ids=torch.zeros((1, 1), dtype=torch.int64, device=model.device))
+
+
+def guard_saving(model: PreTrainedModel) -> None:
+    """Refuse to give out weights that the CPU has repacked: saved, they would be wrong.
+
+    Asking for them would also unpack them in place, below requests that run at the moment.
+    Guarding a model again changes nothing.
+    """
+    for module in model.modules():
+        quantised = getattr(getattr(module, "weight", None), "quant_state", None) is not None
+        if quantised and _refuse_repacked not in module._state_dict_pre_hooks.values():
+            module.register_state_dict_pre_hook(_refuse_repacked)  # type: ignore[no-untyped-call]
+
+
+def _refuse_repacked(module: torch.nn.Module, *_: Any) -> None:
+    state = getattr(module.weight, "quant_state", None)
+    if getattr(state, "packing_format_for_cpu", False):
+        raise ModelError(
+            "These 4-bit weights have been repacked for this CPU and cannot be saved: the file "
+            "would be wrong. Save the checkpoint that was loaded, and quantise it when loading."
+        )
+
+
+@contextmanager
+def _loading_errors(name: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, ImportError, RuntimeError, MemoryError) as error:
+        if _is_out_of_memory(error):
+            raise
+        first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        if isinstance(error, OSError):
+            raise ModelNotFoundError(
+                f"Cannot find the model {name!r}: give a folder with config.json and safetensors, "
+                "a hub id that this machine can reach, or builtin:target / builtin:draft. "
+                f"({first})"
+            ) from error
+        raise ModelError(f"Cannot load the model {name!r}: {first}") from error
+
+
+@contextmanager
+def _progress_bars(show: bool) -> Iterator[None]:
+    """transformers' loading bars are a process-wide switch: set it, load, put it back."""
+    with _PROGRESS:
+        before = transformers_logging.is_progress_bar_enabled()
+        if not show:
+            transformers_logging.disable_progress_bar()
+        try:
+            yield
+        finally:
+            if before and not show:
+                transformers_logging.enable_progress_bar()

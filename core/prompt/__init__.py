@@ -1,0 +1,1 @@
+"""What is asked, and how it becomes tokens that know where they came from."""

@@ -1,0 +1,1 @@
+"""Threads, time limits and batches of requests."""

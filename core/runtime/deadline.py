@@ -1,0 +1,78 @@
+"""What ends a request early: its time limit and its cancellation.
+
+They are looked at between layers and between tokens, and belong to the thread or task that set
+them, like the observer of `capture.py`. A single layer is never interrupted, so a request may
+overrun by one layer's time while a prompt is read, and by one forward pass of a token elsewhere.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from threading import Event
+
+from ..errors import RequestTimeoutError
+
+_DEADLINE: ContextVar[float | None] = ContextVar("draftsieve_deadline", default=None)
+_ASKED: ContextVar[float | None] = ContextVar("draftsieve_asked", default=None)
+_CANCELLED: ContextVar[Event | None] = ContextVar("draftsieve_cancelled", default=None)
+
+
+class RequestCancelledError(BaseException):
+    """Nobody waits for the request any more; `worker.py` catches it, so that no caller sees it.
+
+    No `Exception`, like asyncio's own: a cancelled compression must not fall back to the originals.
+    """
+
+
+def deadline_after(seconds: float | None) -> float | None:
+    """The moment that many seconds after the request was made, for `until`; None for no limit."""
+    if seconds is None:
+        return None
+    asked = _ASKED.get()
+    return (time.monotonic() if asked is None else asked) + seconds
+
+
+@contextmanager
+def until(deadline: float | None) -> Iterator[None]:
+    """Let `check_deadline` raise inside the block once the moment has passed."""
+    token = _DEADLINE.set(deadline)
+    try:
+        yield
+    finally:
+        _DEADLINE.reset(token)
+
+
+@contextmanager
+def waiting(cancelled: Event, asked: float) -> Iterator[None]:
+    """Work inside the block for a caller who waits.
+
+    Args:
+        cancelled: Once it is set, `check_deadline` raises.
+        asked: The moment of the request on `time.monotonic`'s clock; time in a queue counts.
+    """
+    tokens = _CANCELLED.set(cancelled), _ASKED.set(asked)
+    try:
+        yield
+    finally:
+        _CANCELLED.reset(tokens[0])
+        _ASKED.reset(tokens[1])
+
+
+def check_deadline() -> None:
+    """Raise if the request around this call has used up its time, or was cancelled.
+
+    Raises:
+        RequestTimeoutError: Its time is up.
+        RequestCancelledError: It was cancelled.
+    """
+    cancelled, deadline = _CANCELLED.get(), _DEADLINE.get()
+    if cancelled is not None and cancelled.is_set():
+        raise RequestCancelledError
+    if deadline is not None and time.monotonic() > deadline:
+        raise RequestTimeoutError(
+            "The request's timeout has passed before it was done: allow more seconds, or give "
+            "less to read (fewer passages) or to write (max_new_tokens)."
+        )

@@ -1,0 +1,1 @@
+"""SpecKV: the draft's lookahead chooses which KV entries of the target stay."""

@@ -1,0 +1,1 @@
+"""SpecPC: the draft's attention chooses which prompt tokens stay."""

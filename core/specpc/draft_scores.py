@@ -1,0 +1,281 @@
+"""What the draft makes of prompts: attention scores of every token, and its guessed answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from ..config import SpecPC
+from ..errors import ModelError
+from ..kv_cache.batch import can_join
+from ..kv_cache.prefill import mask_left, read_prompts, similar
+from ..models.attention_capture import observing, visible_keys
+from ..models.loading import end_token_ids
+from ..runtime.deadline import check_deadline
+from ..types import DraftReading
+from .head_weights import HeadWeights, head_weights
+from .scoring import attention_probabilities, reduce_heads, reduce_rows, row_weights
+
+MOST_GUESSING = 32_768  # tokens, padding included, whose keys and values are held at once
+Done = Callable[[int], object]
+
+
+def read_draft(
+    model: PreTrainedModel,
+    prompts: Sequence[torch.Tensor] | torch.Tensor,
+    options: SpecPC,
+    *,
+    lookahead_tokens: int | Sequence[int],
+    windows: Sequence[int] | None = None,
+    done: Done | None = None,
+) -> list[DraftReading]:
+    """Run the draft over prompts and score their tokens (paper Algorithm 2, lines 1-8).
+
+    Only the attention rows of the last `window_size` queries and of the lookahead steps are
+    computed, and they are reduced layer by layer: extra memory is O(window x tokens) of one layer.
+    Prompts may differ in length: each gets what it gets alone.
+
+    Args:
+        model: The draft, any implementation of transformers' attention interface.
+        prompts: (tokens,) int64 each, or (batch, tokens) for prompts of equal length.
+        options: Window, reduction or learned weights of heads, starting layer and weighting.
+        lookahead_tokens: Tokens generated greedily, at least 1, of all prompts or one number for
+            each; an end token stops its own row.
+        windows: The window of each prompt, in place of `options.window_size`.
+        done: Told now and then how many more prompts are done.
+
+    Returns:
+        One reading per prompt.
+
+    Raises:
+        ModelError: The starting layer does not exist, no layer could be observed, or the learned
+            weights of heads are missing or another draft's.
+    """
+    first, rows = starting_layer(model, options), list(prompts)
+    limits = _each(lookahead_tokens, len(rows))
+    asking = list(windows or [options.window_size] * len(rows))
+    found: dict[int, DraftReading] = {}
+    for batch in _batches(model, rows, limits):
+        lengths = [rows[row].numel() for row in batch]
+        window = [
+            min(asking[row], options.capacity or length, length)
+            for row, length in zip(batch, lengths, strict=True)
+        ]
+        scoring = _Scoring(model, lengths, window, options, first)
+        guesses = _look_ahead(model, [rows[r] for r in batch], [limits[r] for r in batch], scoring)
+        for row, scores, guessed in zip(batch, scoring.scores(), guesses, strict=True):
+            found[row] = DraftReading(scores, guessed)
+        if done is not None:
+            done(len(batch))
+    return [found[row] for row in range(len(rows))]
+
+
+def guess(
+    model: PreTrainedModel,
+    prompts: Sequence[torch.Tensor] | torch.Tensor,
+    tokens: int | Sequence[int],
+    *,
+    done: Done | None = None,
+) -> list[torch.Tensor]:
+    """The draft's greedy answers without any scores, for methods that need only them.
+
+    Args:
+        model: The draft.
+        prompts: As for `read_draft`.
+        tokens: Most tokens to guess, of all prompts or of each; an end token stops its own row and
+            is included.
+        done: As for `read_draft`.
+
+    Returns:
+        One (guessed,) int64 tensor per prompt.
+    """
+    rows = list(prompts)
+    limits = _each(tokens, len(rows))
+    found: dict[int, torch.Tensor] = {}
+    for batch in _batches(model, rows, limits):
+        guesses = _look_ahead(model, [rows[r] for r in batch], [limits[r] for r in batch])
+        found.update(zip(batch, guesses, strict=True))
+        if done is not None:
+            done(len(batch))
+    return [found[row] for row in range(len(rows))]
+
+
+def starting_layer(model: PreTrainedModel, options: SpecPC) -> int:
+    """The first layer that is read: the option, or min(8, layers // 2).
+
+    Raises:
+        ModelError: The draft has no such layer.
+    """
+    layers = model.config.get_text_config().num_hidden_layers
+    first = min(8, layers // 2) if options.starting_layer is None else options.starting_layer
+    if first >= layers:
+        raise ModelError(
+            f"starting_layer={first}, but the draft has only {layers} layers (0 to {layers - 1}). "
+            "Choose a smaller one, or None for min(8, layers // 2)."
+        )
+    return first
+
+
+def _each(tokens: int | Sequence[int], rows: int) -> list[int]:
+    return [tokens] * rows if isinstance(tokens, int) else list(tokens)
+
+
+def _batches(
+    model: PreTrainedModel, prompts: Sequence[torch.Tensor], limits: Sequence[int]
+) -> list[list[int]]:
+    """Rows that look ahead together; caches that cannot be joined are read one by one."""
+    sizes = [prompt.numel() + more for prompt, more in zip(prompts, limits, strict=True)]
+    return similar(sizes, MOST_GUESSING if can_join(model) else 0, padding=0.5)
+
+
+def _look_ahead(
+    model: PreTrainedModel,
+    prompts: Sequence[torch.Tensor],
+    limits: Sequence[int],
+    scoring: _Scoring | None = None,
+) -> list[torch.Tensor]:
+    """Greedy draft answers; the last token of each is never fed. Returns one (la,) per row."""
+    check_deadline()
+    observe = None if scoring is None else scoring.reading
+    read = read_prompts(model, prompts, keep=max(limits) > 1, observe=observe)
+    seen = read.mask.bool()  # (batch, seen), grows with the lookahead
+    guesses = [read.logits.argmax(-1)]  # each (batch,)
+    ends = end_token_ids(model).to(seen.device)
+    lengths = torch.tensor(limits, device=seen.device)
+    active = lengths > 1  # (batch,) rows still looking ahead
+    with nullcontext() if scoring is None else scoring.stepping(), torch.no_grad():
+        for step in range(1, max(limits)):
+            ended = torch.isin(guesses[-1], ends) & active
+            lengths = torch.where(ended, step, lengths)
+            active = active & (lengths > step)
+            if not active.any():
+                break
+            check_deadline()
+            seen = torch.cat([seen, torch.ones_like(seen[:, :1])], dim=1)
+            if scoring is not None:
+                scoring.rows.weights, scoring.rows.padding = active.float().unsqueeze(1), seen
+            logits = model(
+                input_ids=guesses[-1].unsqueeze(1),
+                attention_mask=seen.long(),
+                position_ids=seen.sum(1, keepdim=True) - 1,
+                past_key_values=read.cache,
+                use_cache=True,
+            ).logits
+            guesses.append(logits[:, -1].argmax(-1))
+    stacked = torch.stack(guesses, dim=1).cpu()  # (batch, steps)
+    return [row[:length] for row, length in zip(stacked, lengths.tolist(), strict=True)]
+
+
+class _Scoring:
+    """Scores of a batch: from the passes that read its prompts, and from its lookahead."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        lengths: Sequence[int],
+        windows: Sequence[int],
+        options: SpecPC,
+        first_layer: int,
+    ) -> None:
+        self.model, self.windows, self.options = model, windows, options
+        source = options.head_weights
+        self.heads = None if source is None else head_weights(model, source)
+        self.lengths, self.first_layer = lengths, 0 if self.heads else first_layer
+        padding = mask_left(lengths, model.device).bool()  # (batch, columns)
+        nothing = torch.zeros(len(lengths), 1, device=padding.device)
+        self.rows = _Rows(padding, nothing, options, self.first_layer)  # of the lookahead
+
+    @contextmanager
+    def reading(self, rows: Sequence[int], mask: torch.Tensor) -> Iterator[None]:
+        """Watch a pass over some prompts, (rows, columns) at the end of the batch's columns."""
+        windows = torch.tensor([self.windows[row] for row in rows], device=mask.device)
+        weights = row_weights(windows, int(windows.max()), self.options.weighted_query)
+        watching = _Rows(mask.bool(), weights, self.options, self.first_layer, self.heads)
+        with observing(self.model, watching):
+            yield
+        total = self.rows.total
+        total[list(rows), total.shape[1] - mask.shape[1] :] = watching.scores()
+
+    @contextmanager
+    def stepping(self) -> Iterator[None]:
+        """Watch the lookahead; heads were weighed for the rows of prompts alone."""
+        if self.heads is not None:
+            yield
+            return
+        with observing(self.model, self.rows):
+            yield
+
+    def scores(self) -> list[torch.Tensor]:
+        """(tokens,) float32 of each prompt."""
+        total = self.rows.total.cpu()
+        if self.heads is not None:
+            total = self.heads.scores(total)
+        return [row[-length:] for row, length in zip(total, self.lengths, strict=True)]
+
+
+class _Rows:
+    """Attention callback that reduces rows to one score per prompt token as layers go by."""
+
+    def __init__(
+        self,
+        padding: torch.Tensor,
+        weights: torch.Tensor,
+        options: SpecPC,
+        first_layer: int,
+        heads: HeadWeights | None = None,
+    ) -> None:
+        self.padding = padding  # (batch, seen) bool, False where the token is padding
+        self.weights = weights  # (batch, rows) of the newest queries
+        self.prompt = padding.shape[1]
+        self.how, self.first_layer, self.heads = options.reduction, first_layer, heads
+        self.total = torch.zeros(padding.shape, device=padding.device)  # (batch, prompt)
+        self.called = False
+
+    def __call__(
+        self,
+        module: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        mask: Any,
+        value: torch.Tensor,
+        **kwargs: Any,
+    ) -> None:
+        if module.layer_idx < self.first_layer:  # type: ignore[operator]
+            return
+        self.called = True
+        rows = self.weights.shape[1]
+        view = visible_keys(module, key, mask, self.padding, rows, kwargs.get("sliding_window"))
+        probabilities = attention_probabilities(
+            query[:, :, -rows:],
+            key,
+            view.visible,
+            kwargs.get("scaling") or query.shape[-1] ** -0.5,
+            kwargs.get("softcap"),
+            kwargs.get("s_aux"),
+        )
+        weights = self.weights.to(query.device)
+        if self.heads is None:
+            layer = reduce_rows(probabilities, weights, self.how)  # (batch, keys)
+        else:
+            own = self.heads.heads[module.layer_idx].to(query.device)  # type: ignore[index]
+            layer = reduce_heads(probabilities, weights, own)
+        seen = max(0, self.prompt - view.first)  # none where a window has left the prompt behind
+        self._merge(layer[:, :seen].to(self.total.device), view.first)
+
+    def _merge(self, layer: torch.Tensor, first: int) -> None:
+        part = self.total[:, first : first + layer.shape[1]]
+        adds = self.how == "mean" or self.heads is not None
+        part.copy_(part + layer if adds else torch.maximum(part, layer))
+
+    def scores(self) -> torch.Tensor:
+        """(batch, prompt) float32."""
+        if not self.called:
+            raise ModelError(
+                "No attention layer of the draft could be observed: its architecture does not use "
+                "transformers' attention interface. Choose another draft."
+            )
+        return self.total

@@ -1,0 +1,182 @@
+"""Learned weights of a draft's attention heads (Sentinel, arXiv 2505.23277, as a token score).
+
+A token's score is how likely a logistic model finds it to belong to the evidence: the strongest
+attention of the asking rows, head by head, times the head's weight. `evaluation/calibration.py`
+learns the weights; using them needs torch only.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from ..errors import ModelError, ModelNotFoundError
+from ..models.attention_capture import observing, visible_keys
+from ..models.loading import fingerprint
+from .scoring import attention_probabilities
+
+FILE = "head_weights.json"  # beside the draft's own files
+CALIBRATED = "calibrated"  # names that file
+_LOADED: WeakKeyDictionary[PreTrainedModel, dict[Path, HeadWeights]] = WeakKeyDictionary()
+
+
+@dataclass(frozen=True, slots=True)
+class HeadWeights:
+    """A logistic model over the heads of one draft."""
+
+    heads: torch.Tensor  # (layers, heads) float32
+    bias: float
+    weights: str  # fingerprint of the draft they were learned for
+    about: Mapping[str, Any] = field(default_factory=dict, hash=False)  # how they were learned
+
+    def scores(self, weighed: torch.Tensor) -> torch.Tensor:
+        """Positive scores from the weighed sum of all heads, same shape.
+
+        The softplus orders tokens as the probability does, but never saturates into ties.
+        """
+        return functional.softplus(weighed + self.bias)
+
+    def save(self, path: str | Path) -> Path:
+        """Write the weights as JSON."""
+        row = {
+            "weights": self.weights,
+            "bias": self.bias,
+            "heads": self.heads.tolist(),
+            "about": dict(self.about),
+        }
+        Path(path).write_text(json.dumps(row, indent=1) + "\n", encoding="utf-8")
+        return Path(path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> HeadWeights:
+        """Read what `save` has written.
+
+        Raises:
+            ModelNotFoundError: There is no such file.
+            ModelError: It holds something else.
+        """
+        try:
+            row = json.loads(Path(path).read_text(encoding="utf-8"))
+            heads = torch.tensor(row["heads"], dtype=torch.float32)
+            found = cls(heads, float(row["bias"]), str(row["weights"]), row.get("about", {}))
+        except FileNotFoundError as error:
+            raise ModelNotFoundError(
+                f"There are no head weights at {str(path)!r}: run `draftsieve calibrate` with this "
+                "draft, or leave head_weights out."
+            ) from error
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ModelError(f"{str(path)!r} holds no head weights: {error}.") from error
+        if heads.dim() != 2 or not bool(torch.isfinite(heads).all()):
+            raise ModelError(f"{str(path)!r} holds no head weights: no finite layers x heads.")
+        return found
+
+
+def weights_path(model: PreTrainedModel, source: str | Path) -> Path:
+    """The file that `SpecPC.head_weights` names.
+
+    Raises:
+        ModelError: "calibrated", but the draft was not loaded from a folder.
+    """
+    if str(source) != CALIBRATED:
+        return Path(source).expanduser()
+    folder = Path(str(model.config.name_or_path))
+    if not folder.is_dir():
+        raise ModelError(
+            f'head_weights="calibrated" looks beside the draft, but {str(folder)!r} is no folder: '
+            "give the path of a file that `draftsieve calibrate --out FILE` has written."
+        )
+    return folder / FILE
+
+
+def head_weights(model: PreTrainedModel, source: str | Path) -> HeadWeights:
+    """The learned weights of this draft; a file is read once a model.
+
+    Args:
+        model: The draft.
+        source: `SpecPC.head_weights`.
+
+    Raises:
+        ModelNotFoundError: There is no such file.
+        ModelError: The weights were learned for another draft.
+    """
+    path = weights_path(model, source)
+    known = _LOADED.setdefault(model, {})
+    if path not in known:
+        found = HeadWeights.load(path)
+        if found.weights != (own := fingerprint(model)):
+            raise ModelError(
+                f"The head weights in {str(path)!r} were learned for another draft (weights "
+                f"{found.weights}, this one has {own}; quantising changes them too): run "
+                "`draftsieve calibrate` with this draft."
+            )
+        known[path] = found
+    return known[path]
+
+
+def read_heads(model: PreTrainedModel, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """How strongly the newest rows of a text look at each of its tokens, head by head.
+
+    Args:
+        model: Any causal model.
+        ids: (tokens,) int64.
+        weights: (rows,) weights of the newest rows.
+
+    Returns:
+        (layers, heads, tokens) float32: the maximum over weighted rows; 0 in layers without
+        attention and where a sliding window hides the token.
+
+    Raises:
+        ModelError: No attention layer could be observed.
+    """
+    heads = _Heads(model, ids.numel(), weights)
+    with torch.no_grad(), observing(model, heads):
+        model.get_decoder()(input_ids=ids.unsqueeze(0).to(model.device), use_cache=False)
+    if not heads.called:
+        raise ModelError(
+            "No attention layer could be observed: this architecture does not use transformers' "
+            "attention interface. Choose another model."
+        )
+    return heads.found
+
+
+class _Heads:
+    """Attention callback that keeps one number a layer, head and token."""
+
+    def __init__(self, model: PreTrainedModel, tokens: int, weights: torch.Tensor) -> None:
+        config = model.config.get_text_config()
+        self.weights = weights
+        self.padding = torch.ones((1, tokens), dtype=torch.bool, device=model.device)
+        self.found = torch.zeros(config.num_hidden_layers, config.num_attention_heads, tokens)
+        self.called = False
+
+    def __call__(
+        self,
+        module: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        mask: Any,
+        value: torch.Tensor,
+        **kwargs: Any,
+    ) -> None:
+        self.called = True
+        rows = self.weights.numel()
+        view = visible_keys(module, key, mask, self.padding, rows, kwargs.get("sliding_window"))
+        probabilities = attention_probabilities(
+            query[:, :, -rows:],
+            key,
+            view.visible,
+            kwargs.get("scaling") or query.shape[-1] ** -0.5,
+            kwargs.get("softcap"),
+            kwargs.get("s_aux"),
+        )[0]  # (heads, rows, keys)
+        weighed = probabilities * self.weights.to(query.device)[:, None]
+        layer = int(module.layer_idx)  # type: ignore[arg-type]
+        self.found[layer, :, view.first :] = weighed.amax(1).cpu()

@@ -1,0 +1,115 @@
+"""Pure tensor functions from attention to one score per prompt token (paper Algorithm 2)."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional
+
+from ..config import Pool, Reduction
+
+
+def attention_probabilities(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    visible: torch.Tensor,
+    scaling: float,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Softmax attention of a few query rows, in float32.
+
+    Args:
+        query: (batch, heads, rows, head_dim), position encoding applied.
+        key: (batch, kv_heads, keys, head_dim); heads is a multiple of kv_heads.
+        visible: (batch, 1, rows, keys) bool, True where a row may look.
+        scaling: Factor on the logits, usually head_dim ** -0.5.
+        softcap: Gemma-2's tanh bound on the logits.
+        sinks: (heads,) learned logits that take part in the softmax and are then dropped (GPT-OSS).
+
+    Returns:
+        (batch, heads, rows, keys) float32; rows that see nothing are uniform.
+    """
+    batch, heads, rows, head_dim = query.shape
+    kv_heads = key.shape[1]
+    grouped = query.float().reshape(batch, kv_heads, heads // kv_heads * rows, head_dim)
+    logits = (grouped @ key.float().transpose(-1, -2)).view(batch, heads, rows, -1) * scaling
+    if softcap is not None:
+        logits = torch.tanh(logits / softcap) * softcap
+    logits = logits.masked_fill(~visible, torch.finfo(torch.float32).min)
+    if sinks is None:
+        return logits.softmax(-1)
+    column = sinks.float().view(1, -1, 1, 1).expand(batch, heads, rows, 1)
+    return torch.cat([logits, column], dim=-1).softmax(-1)[..., :-1]
+
+
+def row_weights(lengths: torch.Tensor, window: int, weighted: bool) -> torch.Tensor:
+    """Weights of the last `window` query rows of left-padded prompts.
+
+    The W = min(window, length) real rows of a prompt get j / (W - 1) from the oldest (0) to the
+    newest (1) if weighted, else 1; rows that are padding get 0.
+
+    Args:
+        lengths: (batch,) real tokens a row.
+        window: Number of rows read.
+        weighted: SpecPC's `weighted_query`.
+
+    Returns:
+        (batch, window) float32.
+    """
+    real = lengths.clamp(max=window).unsqueeze(1)  # (batch, 1)
+    place = torch.arange(window, device=lengths.device) - (window - real)  # (batch, window)
+    weights = torch.where(real > 1, place / (real - 1).clamp(min=1), 1.0) if weighted else 1.0
+    return (place >= 0).float() * weights
+
+
+def reduce_rows(probabilities: torch.Tensor, weights: torch.Tensor, how: Reduction) -> torch.Tensor:
+    """Merge heads and rows of one layer: (batch, heads, rows, keys) -> (batch, keys).
+
+    "mean" is a plain sum, as in the authors' code: the number of terms is the same for all tokens.
+    "mean-max" is the mean over heads, then the maximum over rows.
+    """
+    weighted = probabilities * weights[:, None, :, None]
+    if how == "mean-max":
+        return weighted.mean(1).amax(1)
+    return weighted.amax(dim=(1, 2)) if how == "max" else weighted.sum(dim=(1, 2))
+
+
+def reduce_heads(
+    probabilities: torch.Tensor, weights: torch.Tensor, heads: torch.Tensor
+) -> torch.Tensor:
+    """The strongest weighted row of each head, then the heads' sum by learned weights.
+
+    Args:
+        probabilities: (batch, heads, rows, keys) of one layer.
+        weights: (batch, rows) of the rows.
+        heads: (heads,) of the heads, any sign.
+
+    Returns:
+        (batch, keys) float32.
+    """
+    strongest = (probabilities * weights[:, None, :, None]).amax(2)  # (batch, heads, keys)
+    return torch.einsum("bhk,h->bk", strongest, heads)
+
+
+def pool(scores: torch.Tensor, kernel_size: int, how: Pool | None) -> torch.Tensor:
+    """Pool scores over positions i - (k - 1) // 2 .. i + k // 2, zeros outside.
+
+    Args:
+        scores: (..., tokens) float32.
+        kernel_size: Width k.
+        how: "max", "mean" (borders divide by k too) or None.
+
+    Returns:
+        (..., tokens), same shape.
+    """
+    if how is None or kernel_size == 1:
+        return scores
+    left = (kernel_size - 1) // 2
+    padded = functional.pad(scores, (left, kernel_size - 1 - left)).unsqueeze(-2)
+    flat = padded.reshape(-1, 1, padded.shape[-1])
+    pooled = (
+        functional.max_pool1d(flat, kernel_size, stride=1)
+        if how == "max"
+        else functional.avg_pool1d(flat, kernel_size, stride=1)
+    )
+    return pooled.reshape(scores.shape)
