@@ -4,17 +4,33 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 
 from draftsieve import Prompt, SpecPC
+from draftsieve.core.errors import ModelError
 from draftsieve.core.kv_cache.prefix import Memory
-from draftsieve.core.models.attention_capture import visible_keys
+from draftsieve.core.models.attention_capture import AttentionCall
 from draftsieve.core.specpc.ranking import join_spans, merge_spans, rank_units
 from draftsieve.core.specpc.units import unit_spans
 
 from .adapters_fixtures import QUESTION, TEXTS, tiny_compressor
 
-LAYER = torch.nn.Module()
+
+def call(key: torch.Tensor, mask: Any = None, window: int | None = None) -> AttentionCall:
+    """A layer that ran two queries over these keys (batch, 1, keys, 4)."""
+    return AttentionCall(
+        module=torch.nn.Module(),
+        layer=3,
+        query=torch.ones(key.shape[0], 2, 2, 4),
+        key=key,
+        value=key,
+        mask=mask,
+        scaling=0.5,
+        softcap=None,
+        sinks=None,
+        sliding_window=window,
+    )
 
 
 def test_protected_tokens_lend_no_score_to_their_neighbours() -> None:
@@ -60,12 +76,12 @@ def test_spans_join_over_white_space_only() -> None:
 def test_visible_keys_without_a_mask_are_causal_padded_and_windowed() -> None:
     padding = torch.tensor([[False, True, True, True, True], [True] * 5])
     key = torch.zeros(2, 1, 5, 4)
-    view = visible_keys(LAYER, key, None, padding, rows=2, sliding_window=2)
+    view = call(key, window=2).visible(padding, rows=2)
     expected = [[0, 0, 1, 1, 0], [0, 0, 0, 1, 1]]
     assert view.visible.long().tolist() == [[expected], [expected]]
-    view = visible_keys(LAYER, key, None, padding, rows=2, sliding_window=None)
+    view = call(key).visible(padding)
     assert view.visible[0, 0].long().tolist() == [[0, 1, 1, 1, 0], [0, 1, 1, 1, 1]]
-    newest = visible_keys(LAYER, key[:, :, :3], None, padding, rows=1, sliding_window=3)
+    newest = call(key[:, :, :3], window=3).visible(padding, rows=1)
     assert (newest.first, newest.visible[0, 0].tolist()) == (2, [[True] * 3])
 
 
@@ -74,8 +90,28 @@ def test_additive_and_boolean_masks_say_the_same() -> None:
     added = torch.zeros(1, 1, 4, 4).masked_fill(~allowed, torch.finfo(torch.float32).min)
     key, padding = torch.zeros(1, 1, 4, 4), torch.ones(1, 4, dtype=torch.bool)
     for mask in (allowed, added):
-        view = visible_keys(LAYER, key, mask, padding, rows=2, sliding_window=None)
+        view = call(key, mask).visible(padding, rows=2)
         assert torch.equal(view.visible, allowed[:, :, 2:])
+
+
+def test_probabilities_of_some_rows_are_those_of_all_rows() -> None:
+    key = torch.randn(1, 1, 5, 4, generator=torch.Generator().manual_seed(0))
+    padding = torch.ones(1, 7, dtype=torch.bool)  # a window has left two keys behind
+    whole, first = call(key).probabilities(padding)
+    assert first == 2
+    assert whole.shape == (1, 2, 2, 5)
+    torch.testing.assert_close(whole.sum(-1), torch.ones(1, 2, 2))
+    assert torch.equal(call(key).probabilities(padding, rows=1)[0], whole[:, :, 1:])
+    assert torch.equal(call(key).probabilities(padding, rows=2, first=1)[0], whole[:, :, :1])
+    early, _ = call(key).probabilities(padding, before=5)  # of the keys at 2, 3 and 4
+    assert float(early[..., 3:].max()) == 0.0
+    torch.testing.assert_close(early, (whole * (early > 0)) / whole[..., :3].sum(-1, keepdim=True))
+
+
+def test_a_layer_that_ran_too_few_queries_is_refused() -> None:
+    key, padding = torch.zeros(1, 1, 5, 4), torch.ones(1, 5, dtype=torch.bool)
+    with pytest.raises(ModelError, match=r"Layer 3 .* ran 2 queries where the newest 4"):
+        call(key).probabilities(padding, rows=4)
 
 
 def test_a_memory_shares_only_what_is_the_same() -> None:

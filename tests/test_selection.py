@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from draftsieve import Engine, SpecPC
-from draftsieve.core.specpc.scoring import attention_probabilities, pool, reduce_rows, row_weights
+from draftsieve.core.models.attention_capture import attention_probabilities
+from draftsieve.core.specpc.scoring import pool, reduce_rows, row_weights
 from draftsieve.core.specpc.select import select, token_budget
 from draftsieve.core.specpc.selection import distinct, enough, floor_first, neighbor_offsets, rank
 

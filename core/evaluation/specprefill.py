@@ -8,16 +8,13 @@ positions. Here only passages compete, and the last prompt token is the first of
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch.nn import functional
 from transformers import PreTrainedModel
 
 from ..errors import ModelError
-from ..models.attention_capture import observing, visible_keys
+from ..models.attention_capture import AttentionCall, observing
 from ..specpc.draft_scores import guess
-from ..specpc.scoring import attention_probabilities
 from ..types import PromptTokens
 from .baselines import Kept
 
@@ -86,35 +83,17 @@ class _Steps:
         self.layer = -1
         self.seen = prompt
 
-    def __call__(
-        self,
-        module: torch.nn.Module,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        mask: Any,
-        value: torch.Tensor,
-        **kwargs: Any,
-    ) -> None:
-        index = int(module.layer_idx)  # type: ignore[arg-type]
-        if index <= self.layer or not self.scores:  # the first layer of a new step
+    def __call__(self, call: AttentionCall) -> None:
+        if call.layer <= self.layer or not self.scores:  # the first layer of a new step
             self.seen = self.prompt + len(self.scores)
             self.scores.append(torch.zeros(self.prompt))
-        self.layer = index
-        padding = torch.ones((1, self.seen), dtype=torch.bool, device=key.device)
-        view = visible_keys(module, key, mask, padding, 1, kwargs.get("sliding_window"))
-        places = view.first + torch.arange(key.shape[2], device=key.device)
-        probabilities = attention_probabilities(
-            query[:, :, -1:],
-            key,
-            view.visible & (places < self.prompt),
-            kwargs.get("scaling") or query.shape[-1] ** -0.5,
-            kwargs.get("softcap"),
-            kwargs.get("s_aux"),
-        )[0, :, 0]  # (heads, keys)
-        smooth = functional.avg_pool1d(
-            probabilities.unsqueeze(1), KERNEL, stride=1, padding=KERNEL // 2
+        self.layer = call.layer
+        padding = torch.ones((1, self.seen), dtype=torch.bool, device=call.key.device)
+        probabilities, first = call.probabilities(padding, rows=1, before=self.prompt)
+        smooth = functional.avg_pool1d(  # (heads, 1, keys)
+            probabilities[0], KERNEL, stride=1, padding=KERNEL // 2
         )
         best = smooth[:, 0].amax(0).cpu()  # (keys,)
-        inside = best[: self.prompt - view.first]
-        part = self.scores[-1][view.first : view.first + len(inside)]
+        inside = best[: self.prompt - first]
+        part = self.scores[-1][first : first + len(inside)]
         part.copy_(torch.maximum(part, inside))

@@ -20,7 +20,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from ..errors import ModelError
-from ..models.attention_capture import observing, visible_keys
+from ..models.attention_capture import AttentionCall, observing
 from ..runtime.deadline import check_deadline
 from .ragged import HeadGroup, group_heads, select_rows, uneven_attention
 from .storage import StoredLayer
@@ -198,31 +198,15 @@ def attending(model: PreTrainedModel, cache: Cache) -> Iterator[None]:
         yield
         return
 
-    def attend(
-        module: torch.nn.Module,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        mask: Any,
-        value: torch.Tensor,
-        **kwargs: Any,
-    ) -> torch.Tensor | None:
-        layer = cache.layers[int(module.layer_idx)]  # type: ignore[arg-type]
+    def attend(call: AttentionCall) -> torch.Tensor | None:
+        layer = cache.layers[call.layer]
         if not isinstance(layer, UnevenLayer) or layer.reading:
             return None
         visible = None  # a single new token without a mask sees everything
-        if mask is not None or query.shape[2] > 1:
-            real = torch.ones(key.shape[0], key.shape[2], dtype=torch.bool, device=key.device)
-            visible = visible_keys(module, key, mask, real, query.shape[2], None).visible
-        return uneven_attention(
-            query,
-            layer.groups,
-            key,
-            value,
-            visible,
-            kwargs.get("scaling") or query.shape[-1] ** -0.5,
-            kwargs.get("softcap"),
-            kwargs.get("s_aux"),
-        )
+        if call.mask is not None or call.query.shape[2] > 1:
+            real = torch.ones(call.key.shape[0], call.key.shape[2], dtype=torch.bool)
+            visible = call.visible(real.to(call.key.device)).visible
+        return uneven_attention(call, layer.groups, visible)
 
     for layer in layers:
         layer.attended = True

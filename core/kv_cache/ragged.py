@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
+from ..models.attention_capture import AttentionCall
+
 EXACT = 16  # groups of a layer up to which no head is padded
 SLACK = 16  # above, a head is padded by at most a 16th of the longest head of its group
 
@@ -81,33 +83,22 @@ def select_rows(
 
 
 def uneven_attention(
-    query: torch.Tensor,
-    groups: Sequence[HeadGroup],
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    visible: torch.Tensor | None,
-    scaling: float,
-    softcap: float | None = None,
-    sinks: torch.Tensor | None = None,
+    call: AttentionCall, groups: Sequence[HeadGroup], visible: torch.Tensor | None
 ) -> torch.Tensor:
     """Softmax attention over kept entries, all of them visible, and over later tokens.
 
     Args:
-        query: (batch, heads, rows, head_dim), position encoding applied.
+        call: The layer, with the keys and values of tokens that came after the eviction.
         groups: The kept entries; every KV head of every row is in exactly one group, and a group's
             members ascend.
-        keys: (batch, kv_heads, later, head_dim) of tokens that came after the eviction.
-        values: (batch, kv_heads, later, value_dim).
         visible: (batch, 1, rows, later) bool, True where a row may look; None: everywhere.
-        scaling: Factor on the logits.
-        softcap: Gemma-2's tanh bound on the logits.
-        sinks: (heads,) learned logits that take part in the softmax (GPT-OSS).
 
     Returns:
         (batch, rows, heads, value_dim).
     """
-    batch, heads, rows, head_dim = query.shape
-    kv_heads, later = keys.shape[1:3]
+    values, softcap = call.value, call.softcap
+    batch, heads, rows, head_dim = call.query.shape
+    kv_heads, later = call.key.shape[1:3]
     share = heads // kv_heads  # query heads a KV head
     pairs, queries = batch * kv_heads, share * rows
 
@@ -120,12 +111,12 @@ def uneven_attention(
         return found if softcap is None else torch.tanh(found / softcap) * softcap
 
     # 1. Later tokens, for all heads at once
-    asking = query.reshape(pairs, queries, head_dim) * scaling
-    late, late_values = logits(asking, keys.flatten(0, 1)), values.flatten(0, 1)
+    asking = call.query.reshape(pairs, queries, head_dim) * call.scaling
+    late, late_values = logits(asking, call.key.flatten(0, 1)), values.flatten(0, 1)
     if visible is not None:
         late = late.masked_fill(~spread(visible.unsqueeze(2)), torch.finfo(late.dtype).min)
-    if sinks is not None:
-        column = spread(sinks.view(1, kv_heads, share, 1, 1)).to(late.dtype)
+    if call.sinks is not None:
+        column = spread(call.sinks.view(1, kv_heads, share, 1, 1)).to(late.dtype)
         late = torch.cat([late, column], dim=-1)
     # 2. Heads in the order of the groups; a single group has them in order
     if len(groups) > 1:

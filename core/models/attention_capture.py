@@ -23,27 +23,150 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 
+from ..errors import ModelError
 from ..runtime.deadline import check_deadline
 
 NAME = "draftsieve_observed"
 
 
+@dataclass(frozen=True, slots=True)
+class KeyView:
+    """Which keys a layer showed: absolute positions first .. first + count - 1."""
+
+    first: int
+    visible: torch.Tensor  # (batch, 1, wanted rows, count) bool
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AttentionCall:
+    """One attention layer in one forward pass, as transformers calls it."""
+
+    module: torch.nn.Module
+    layer: int  # the module's layer index
+    query: torch.Tensor  # (batch, heads, rows, head_dim), position encoding applied
+    key: torch.Tensor  # (batch, kv_heads, keys, head_dim); sliding layers hold their newest keys
+    value: torch.Tensor  # (batch, kv_heads, keys, value_dim)
+    mask: Any  # bool or additive (batch, 1, rows, keys); anything else means causal attention
+    scaling: float  # factor on the logits
+    softcap: float | None  # Gemma-2's tanh bound on the logits
+    sinks: torch.Tensor | None  # (heads,) learned logits that take part in the softmax (GPT-OSS)
+    sliding_window: int | None  # None for full attention
+
+    def visible(
+        self, padding: torch.Tensor, rows: int | None = None, first: int | None = None
+    ) -> KeyView:
+        """What the newest queries may see, whatever form the mask has.
+
+        Args:
+            padding: (batch, seen) bool, False where the token is padding.
+            rows: Number of newest queries asked about; None for all of this pass.
+            first: Only the first so many of these; None for all.
+
+        Raises:
+            ModelError: The layer ran fewer queries than are asked about.
+        """
+        rows = self._rows(rows)
+        wanted = rows if first is None else first
+        seen, count = padding.shape[1], self.key.shape[2]
+        if isinstance(self.mask, torch.Tensor) and self.mask.dim() == 4:
+            part = self.mask[:, :, -rows:, :count][:, :, :wanted]
+            if part.dtype != torch.bool:
+                part = part > torch.finfo(part.dtype).min / 2
+            return KeyView(seen - count, part)
+        device = self.key.device
+        places = torch.arange(seen - count, seen, device=device)
+        queries = torch.arange(seen - rows, seen - rows + wanted, device=device).unsqueeze(1)
+        causal = places <= queries  # (wanted, count)
+        if self.sliding_window is not None:
+            causal &= places > queries - self.sliding_window
+        return KeyView(seen - count, causal & padding[:, None, None, seen - count :].to(device))
+
+    def probabilities(
+        self,
+        padding: torch.Tensor,
+        rows: int | None = None,
+        first: int | None = None,
+        before: int | None = None,
+    ) -> tuple[torch.Tensor, int]:
+        """What the newest queries look at.
+
+        Args:
+            padding: (batch, seen) bool, False where the token is padding.
+            rows: Number of newest queries; None for all of this pass.
+            first: Only the first so many of these; None for all.
+            before: Only keys at absolute positions below this take part; None for all.
+
+        Returns:
+            (batch, heads, wanted rows, keys) float32 and the absolute position of the first key.
+
+        Raises:
+            ModelError: The layer ran fewer queries than are asked about.
+        """
+        rows = self._rows(rows)
+        view = self.visible(padding, rows, first)
+        asking = self.query[:, :, -rows:][:, :, :first]
+        visible = view.visible
+        if before is not None:
+            places = torch.arange(view.first, view.first + self.key.shape[2], device=visible.device)
+            visible = visible & (places < before)
+        found = attention_probabilities(
+            asking, self.key, visible, self.scaling, self.softcap, self.sinks
+        )
+        return found, view.first
+
+    def _rows(self, rows: int | None) -> int:
+        held = self.query.shape[2]
+        if rows is not None and rows > held:
+            raise ModelError(
+                f"Layer {self.layer} of this model ran {held} queries where the newest {rows} are "
+                "to be observed: it leaves out queries that it does not need. Choose another model "
+                "or a smaller window."
+            )
+        return held if rows is None else rows
+
+
+def attention_probabilities(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    visible: torch.Tensor,
+    scaling: float,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Softmax attention of a few query rows, in float32.
+
+    Args:
+        query: (batch, heads, rows, head_dim), position encoding applied.
+        key: (batch, kv_heads, keys, head_dim); heads is a multiple of kv_heads.
+        visible: (batch, 1, rows, keys) bool, True where a row may look.
+        scaling: Factor on the logits, usually head_dim ** -0.5.
+        softcap: Gemma-2's tanh bound on the logits.
+        sinks: (heads,) learned logits that take part in the softmax and are then dropped (GPT-OSS).
+
+    Returns:
+        (batch, heads, rows, keys) float32; rows that see nothing are uniform.
+    """
+    batch, heads, rows, head_dim = query.shape
+    kv_heads = key.shape[1]
+    grouped = query.float().reshape(batch, kv_heads, heads // kv_heads * rows, head_dim)
+    logits = (grouped @ key.float().transpose(-1, -2)).view(batch, heads, rows, -1) * scaling
+    if softcap is not None:
+        logits = torch.tanh(logits / softcap) * softcap
+    logits = logits.masked_fill(~visible, torch.finfo(torch.float32).min)
+    if sinks is None:
+        return logits.softmax(-1)
+    column = sinks.float().view(1, -1, 1, 1).expand(batch, heads, rows, 1)
+    return torch.cat([logits, column], dim=-1).softmax(-1)[..., :-1]
+
+
 class AttentionCallback(Protocol):
     """Called once per attention layer and forward pass."""
 
-    def __call__(
-        self,
-        module: torch.nn.Module,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        mask: Any,
-        value: torch.Tensor,
-        **kwargs: Any,
-    ) -> torch.Tensor | None:
-        """Args: query (batch, heads, rows, dim), key and value (batch, kv_heads, keys, dim).
+    def __call__(self, call: AttentionCall, /) -> torch.Tensor | None:
+        """Return None for the model's own attention, or the output that stands in for it.
 
         Returns:
-            None for the model's own attention, or what stands in for it: (batch, rows, heads, dim).
+            (batch, rows, heads, value_dim), or None.
         """
 
 
@@ -59,7 +182,7 @@ def observing(model: PreTrainedModel, callback: AttentionCallback) -> Iterator[N
 
     Args:
         model: Any transformers model whose attention goes through the attention interface.
-        callback: Gets each layer's module, query, key, mask, value and keyword arguments.
+        callback: Gets each layer's call.
     """
     configs = _attention_configs(model)
     with _LOCK:
@@ -122,8 +245,20 @@ def _attention(
 ) -> Any:
     check_deadline()
     if (callback := _CALLBACK.get()) is not None:
-        out = callback(module, query, key, mask, value=value, **kwargs)
-        if out is not None:
+        scaling = kwargs.get("scaling")
+        call = AttentionCall(
+            module=module,
+            layer=int(module.layer_idx),  # type: ignore[arg-type]
+            query=query,
+            key=key,
+            value=value,
+            mask=mask,
+            scaling=query.shape[-1] ** -0.5 if scaling is None else float(scaling),
+            softcap=kwargs.get("softcap"),
+            sinks=kwargs.get("s_aux"),
+            sliding_window=kwargs.get("sliding_window"),
+        )
+        if (out := callback(call)) is not None:
             return out, None
     eager = sys.modules[type(module).__module__].eager_attention_forward
     run = ALL_ATTENTION_FUNCTIONS.get_interface(_BASE[id(module.config)], eager)
@@ -133,47 +268,3 @@ def _attention(
 def _mask(*args: Any, config: PreTrainedConfig, **kwargs: Any) -> Any:
     make: Callable[..., Any] = ALL_MASK_ATTENTION_FUNCTIONS[_BASE[id(config)]]
     return make(*args, config=config, **kwargs)
-
-
-@dataclass(frozen=True, slots=True)
-class KeyView:
-    """Which keys a layer showed: absolute positions first .. first + count - 1."""
-
-    first: int
-    visible: torch.Tensor  # (batch, 1, wanted rows, count) bool
-
-
-def visible_keys(
-    module: torch.nn.Module,
-    key: torch.Tensor,
-    mask: Any,
-    padding: torch.Tensor,
-    rows: int,
-    sliding_window: int | None,
-    first: int | None = None,
-) -> KeyView:
-    """What the last `rows` queries of a pass may see, whatever form the mask has.
-
-    Args:
-        module: The attention layer.
-        key: (batch, kv_heads, keys, dim); sliding layers hold only their newest keys.
-        mask: What the layer was given: bool or additive (batch, 1, queries, keys), or anything
-            else (None, a BlockMask, a 2-D mask), which stands for causal attention.
-        padding: (batch, seen) bool, False where the token is padding.
-        rows: Number of newest queries asked about.
-        sliding_window: The layer's window, None for full attention.
-        first: Only the first so many of these rows; None for all.
-    """
-    wanted = rows if first is None else first
-    seen, count = padding.shape[1], key.shape[2]
-    if isinstance(mask, torch.Tensor) and mask.dim() == 4:
-        part = mask[:, :, -rows:, :count][:, :, :wanted]
-        if part.dtype != torch.bool:
-            part = part > torch.finfo(part.dtype).min / 2
-        return KeyView(seen - count, part)
-    places = torch.arange(seen - count, seen, device=key.device)
-    queries = torch.arange(seen - rows, seen - rows + wanted, device=key.device).unsqueeze(1)
-    causal = places <= queries  # (wanted, count)
-    if sliding_window is not None:
-        causal &= places > queries - sliding_window
-    return KeyView(seen - count, causal & padding[:, None, None, seen - count :].to(key.device))

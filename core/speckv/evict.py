@@ -26,8 +26,7 @@ from ..kv_cache.layers import (
 )
 from ..kv_cache.prefill import Start, pad_left
 from ..kv_cache.prefix import Memory
-from ..models.attention_capture import observing, visible_keys
-from ..specpc.scoring import attention_probabilities
+from ..models.attention_capture import AttentionCall, observing
 from .budgets import choose_entries, layer_budgets
 from .scorers import SCORERS, LayerView
 from .sparse_prefill import SparsePrefill, plan_sparse
@@ -207,17 +206,9 @@ class _Evictor:
         for layer, budget in zip(places, zip(*shares, strict=True), strict=True):
             self.budgets[layer] = torch.tensor(budget, device=self.slots.device)
 
-    def __call__(
-        self,
-        module: torch.nn.Module,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        mask: Any,
-        value: torch.Tensor,
-        **kwargs: Any,
-    ) -> torch.Tensor | None:
-        index = int(module.layer_idx)  # type: ignore[arg-type]
-        layer = self.cache.layers[index]
+    def __call__(self, call: AttentionCall) -> torch.Tensor | None:
+        key, value, queries = call.key, call.value, self.begin + call.query.shape[2]
+        layer = self.cache.layers[call.layer]
         if isinstance(layer, NewestLayer):
             layer.keep_newest(key, value, self.columns - 1)
             self.scores.append(torch.empty(key.shape[0], key.shape[1], 0))
@@ -227,25 +218,16 @@ class _Evictor:
         assert isinstance(layer, EvictedLayer)
 
         def attention(first: int, last: int) -> torch.Tensor:
-            back = self.begin + query.shape[2] - first
-            window = kwargs.get("sliding_window")
-            view = visible_keys(module, key, mask, self.padding, back, window, last - first)
-            return attention_probabilities(
-                query[:, :, first - self.begin : last - self.begin],
-                key,
-                view.visible,
-                kwargs.get("scaling") or query.shape[-1] ** -0.5,
-                kwargs.get("softcap"),
-                kwargs.get("s_aux"),
-            )[..., : self.columns]
+            found, _ = call.probabilities(self.padding, queries - first, last - first)
+            return found[..., : self.columns]
 
         view = LayerView(
-            layer=index,
+            layer=call.layer,
             key=key[:, :, : self.columns],
             real=self.real,
             looks=self.looks,
             begin=self.begin,
-            queries=self.begin + query.shape[2],
+            queries=queries,
             reduction=self.options.reduction,
             seed=self.options.seed,
             attention=attention,
@@ -253,7 +235,7 @@ class _Evictor:
         pooled = self._pool(self.scorer.score(view))
         if isinstance(layer, UnevenLayer):
             floor = self.options.head_floor if self.options.head_budgets == "adaptive" else 1.0
-            kept, counts = choose_entries(pooled, self.fixed, self.budgets[index], floor)
+            kept, counts = choose_entries(pooled, self.fixed, self.budgets[call.layer], floor)
         else:
             kept, counts = self._choose(pooled), self.slots.expand(-1, key.shape[1])
         layer.keep(key, value, kept, self.columns - 1, counts)
@@ -262,7 +244,7 @@ class _Evictor:
         self.counts.append(counts.cpu())
         if self.sparse is None:
             return None
-        return self.sparse.attend(query, key, value, pooled, self.always, **kwargs)
+        return self.sparse.attend(call, pooled, self.always)
 
     def _pool(self, scores: torch.Tensor) -> torch.Tensor:
         """Pool over rivals only: nothing outside for max, zeros outside for mean."""

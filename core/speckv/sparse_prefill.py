@@ -15,13 +15,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from ..config import SpecKV
-from ..specpc.scoring import attention_probabilities
+from ..models.attention_capture import AttentionCall, attention_probabilities
 
 SLASH = 64  # tokens: the step in which the band moves
 BLOCK = 512  # queries computed at once; a multiple of SLASH
@@ -159,35 +158,22 @@ class SparsePrefill:
     sparse: Sequence[bool]  # False: this row is read dense
 
     def attend(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        scores: torch.Tensor,
-        always: torch.Tensor,
-        scaling: float | None = None,
-        softcap: float | None = None,
-        s_aux: torch.Tensor | None = None,
-        **_: Any,
+        self, call: AttentionCall, scores: torch.Tensor, always: torch.Tensor
     ) -> torch.Tensor:
         """One layer's attention output, in place of the model's own.
 
         Args:
-            query: (batch, heads, columns, head_dim).
-            key: (batch, kv_heads, columns, head_dim), as many columns as queries.
-            value: (batch, kv_heads, columns, value_dim).
+            call: The layer, with as many keys as queries.
             scores: (batch, kv_heads, prompt columns) pooled; -inf: no rival.
             always: (batch, prompt columns) bool, protected tokens.
-            scaling: Factor on the logits; None means head_dim ** -0.5.
-            softcap: As transformers passes it to attention functions.
-            s_aux: Likewise: attention sinks.
 
         Returns:
             (batch, columns, heads, value_dim); zeros at padding.
         """
-        batch, heads, columns, head_dim = query.shape
-        scaling = scaling or head_dim**-0.5
+        query, key, value = call.query, call.key, call.value
+        batch, heads, columns, _ = query.shape
         out = query.new_zeros(batch, columns, heads, value.shape[-1])
+        how = call.scaling, call.softcap, call.sinks
         for row, (first, last) in enumerate(zip(self.firsts, self.lasts, strict=True)):
             part, tokens = slice(first, last), last - first
             chosen = torch.empty((key.shape[1], 0), dtype=torch.int64, device=key.device)
@@ -197,7 +183,7 @@ class SparsePrefill:
                 mine = scores[row, :, part], always[row, part]
                 chosen = choose_columns(*mine, tokens, self.vertical, window)
             states = query[row, :, part], key[row, :, part], value[row, :, part]
-            found = sparse_attention(*states, chosen, window, scaling, softcap, s_aux)
+            found = sparse_attention(*states, chosen, window, *how)
             out[row, part] = found.transpose(0, 1)
         return out
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -13,12 +12,12 @@ from ..config import SpecPC
 from ..errors import ModelError
 from ..kv_cache.batch import can_join
 from ..kv_cache.prefill import mask_left, read_prompts, similar
-from ..models.attention_capture import observing, visible_keys
+from ..models.attention_capture import AttentionCall, observing
 from ..models.loading import end_token_ids
 from ..runtime.deadline import check_deadline
 from ..types import DraftReading
 from .head_weights import HeadWeights, head_weights
-from .scoring import attention_probabilities, reduce_heads, reduce_rows, row_weights
+from .scoring import reduce_heads, reduce_rows, row_weights
 
 MOST_GUESSING = 32_768  # tokens, padding included, whose keys and values are held at once
 Done = Callable[[int], object]
@@ -235,36 +234,19 @@ class _Rows:
         self.total = torch.zeros(padding.shape, device=padding.device)  # (batch, prompt)
         self.called = False
 
-    def __call__(
-        self,
-        module: torch.nn.Module,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        mask: Any,
-        value: torch.Tensor,
-        **kwargs: Any,
-    ) -> None:
-        if module.layer_idx < self.first_layer:  # type: ignore[operator]
+    def __call__(self, call: AttentionCall) -> None:
+        if call.layer < self.first_layer:
             return
         self.called = True
-        rows = self.weights.shape[1]
-        view = visible_keys(module, key, mask, self.padding, rows, kwargs.get("sliding_window"))
-        probabilities = attention_probabilities(
-            query[:, :, -rows:],
-            key,
-            view.visible,
-            kwargs.get("scaling") or query.shape[-1] ** -0.5,
-            kwargs.get("softcap"),
-            kwargs.get("s_aux"),
-        )
-        weights = self.weights.to(query.device)
+        probabilities, first = call.probabilities(self.padding, self.weights.shape[1])
+        weights = self.weights.to(probabilities.device)
         if self.heads is None:
             layer = reduce_rows(probabilities, weights, self.how)  # (batch, keys)
         else:
-            own = self.heads.heads[module.layer_idx].to(query.device)  # type: ignore[index]
+            own = self.heads.heads[call.layer].to(probabilities.device)
             layer = reduce_heads(probabilities, weights, own)
-        seen = max(0, self.prompt - view.first)  # none where a window has left the prompt behind
-        self._merge(layer[:, :seen].to(self.total.device), view.first)
+        seen = max(0, self.prompt - first)  # none where a window has left the prompt behind
+        self._merge(layer[:, :seen].to(self.total.device), first)
 
     def _merge(self, layer: torch.Tensor, first: int) -> None:
         part = self.total[:, first : first + layer.shape[1]]

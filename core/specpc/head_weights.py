@@ -19,9 +19,8 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from ..errors import ModelError, ModelNotFoundError
-from ..models.attention_capture import observing, visible_keys
+from ..models.attention_capture import AttentionCall, observing
 from ..models.loading import fingerprint
-from .scoring import attention_probabilities
 
 FILE = "head_weights.json"  # beside the draft's own files
 CALIBRATED = "calibrated"  # names that file
@@ -157,26 +156,8 @@ class _Heads:
         self.found = torch.zeros(config.num_hidden_layers, config.num_attention_heads, tokens)
         self.called = False
 
-    def __call__(
-        self,
-        module: torch.nn.Module,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        mask: Any,
-        value: torch.Tensor,
-        **kwargs: Any,
-    ) -> None:
+    def __call__(self, call: AttentionCall) -> None:
         self.called = True
-        rows = self.weights.numel()
-        view = visible_keys(module, key, mask, self.padding, rows, kwargs.get("sliding_window"))
-        probabilities = attention_probabilities(
-            query[:, :, -rows:],
-            key,
-            view.visible,
-            kwargs.get("scaling") or query.shape[-1] ** -0.5,
-            kwargs.get("softcap"),
-            kwargs.get("s_aux"),
-        )[0]  # (heads, rows, keys)
-        weighed = probabilities * self.weights.to(query.device)[:, None]
-        layer = int(module.layer_idx)  # type: ignore[arg-type]
-        self.found[layer, :, view.first :] = weighed.amax(1).cpu()
+        probabilities, first = call.probabilities(self.padding, self.weights.numel())
+        weighed = probabilities[0] * self.weights.to(probabilities.device)[:, None]
+        self.found[call.layer, :, first:] = weighed.amax(1).cpu()  # (heads, keys)

@@ -8,40 +8,6 @@ from torch.nn import functional
 from ..config import Pool, Reduction
 
 
-def attention_probabilities(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    visible: torch.Tensor,
-    scaling: float,
-    softcap: float | None = None,
-    sinks: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Softmax attention of a few query rows, in float32.
-
-    Args:
-        query: (batch, heads, rows, head_dim), position encoding applied.
-        key: (batch, kv_heads, keys, head_dim); heads is a multiple of kv_heads.
-        visible: (batch, 1, rows, keys) bool, True where a row may look.
-        scaling: Factor on the logits, usually head_dim ** -0.5.
-        softcap: Gemma-2's tanh bound on the logits.
-        sinks: (heads,) learned logits that take part in the softmax and are then dropped (GPT-OSS).
-
-    Returns:
-        (batch, heads, rows, keys) float32; rows that see nothing are uniform.
-    """
-    batch, heads, rows, head_dim = query.shape
-    kv_heads = key.shape[1]
-    grouped = query.float().reshape(batch, kv_heads, heads // kv_heads * rows, head_dim)
-    logits = (grouped @ key.float().transpose(-1, -2)).view(batch, heads, rows, -1) * scaling
-    if softcap is not None:
-        logits = torch.tanh(logits / softcap) * softcap
-    logits = logits.masked_fill(~visible, torch.finfo(torch.float32).min)
-    if sinks is None:
-        return logits.softmax(-1)
-    column = sinks.float().view(1, -1, 1, 1).expand(batch, heads, rows, 1)
-    return torch.cat([logits, column], dim=-1).softmax(-1)[..., :-1]
-
-
 def row_weights(lengths: torch.Tensor, window: int, weighted: bool) -> torch.Tensor:
     """Weights of the last `window` query rows of left-padded prompts.
 
