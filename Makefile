@@ -21,7 +21,7 @@ test: $(STAMP)
 # through symlinks.
 .typing/draftsieve: Makefile
 	rm -rf .typing && mkdir -p .typing/draftsieve
-	ln -s ../../draftsieve/__init__.py ../../draftsieve/py.typed ../../core ../../integrations ../../retrievers .typing/draftsieve/
+	ln -s ../../draftsieve/__init__.py ../../draftsieve/__main__.py ../../draftsieve/py.typed ../../core ../../integrations ../../retrievers .typing/draftsieve/
 
 lint: $(STAMP) .typing/draftsieve
 	$(BIN)/ruff check .

@@ -35,8 +35,8 @@ from draftsieve.core.evaluation.intervals import paired_difference, wilson
 from draftsieve.core.evaluation.squad import Item, build_items, read_article, sample_questions
 from draftsieve.core.evaluation.survival import Method, Outcome, compression, measure
 from draftsieve.integrations.cli import main as cli
+from draftsieve.integrations.cli.render import highlighted
 from draftsieve.integrations.html_view import render_html
-from draftsieve.integrations.render import highlighted
 from draftsieve.retrievers.bm25 import Bm25Index
 from draftsieve.retrievers.folder import read_folder
 

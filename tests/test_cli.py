@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from draftsieve import __version__
 from draftsieve.core.errors import ModelNotFoundError
-from draftsieve.integrations import cli
+from draftsieve.integrations.cli import entry as cli
 from examples import demo
 
 ROOT = Path(__file__).parents[1]
@@ -261,7 +261,7 @@ def run_process(
     arguments: list[str], data: bytes, stdout: int = subprocess.PIPE
 ) -> subprocess.CompletedProcess[bytes]:
     return subprocess.run(
-        [sys.executable, "-m", "draftsieve.integrations.cli", *arguments],
+        [sys.executable, "-m", "draftsieve", *arguments],
         input=data,
         stdout=stdout,
         stderr=subprocess.PIPE,

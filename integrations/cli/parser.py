@@ -6,10 +6,10 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from .. import __version__
-from .cli_calibrate import add_calibrate
-from .cli_drafts import add_drafts
-from .cli_eval import add_eval
+from ... import __version__
+from .calibrate import add_calibrate
+from .drafts import add_drafts
+from .eval import add_eval
 
 Command = Callable[[argparse.Namespace], None]
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ..core.evaluation.runner import Grid
-    from ..core.evaluation.shared import Bench
+    from ...core.evaluation.runner import Grid
+    from ...core.evaluation.shared import Bench
 
 _DESCRIPTION = """\
 Measure what compression costs in accuracy: generated tasks and, with --data, natural text. Every
@@ -90,14 +90,14 @@ def add_eval(commands: Any) -> None:
 
 def evaluate(arguments: argparse.Namespace) -> None:
     """Run the grid and print the table."""
-    from ..core.config import Quantization
-    from ..core.evaluation.methods import GROUPS, METHODS
-    from ..core.evaluation.puzzles import TASKS
-    from ..core.evaluation.runner import TABLE, Grid, run
-    from ..core.evaluation.shared import Bench
-    from ..core.evaluation.tasks import INSTRUCTIONS
-    from ..core.models.loading import BUILTIN, load_model
-    from ..core.prompt.messages import DEFAULT_SYSTEM
+    from ...core.config import Quantization
+    from ...core.evaluation.methods import GROUPS, METHODS
+    from ...core.evaluation.puzzles import TASKS
+    from ...core.evaluation.runner import TABLE, Grid, run
+    from ...core.evaluation.shared import Bench
+    from ...core.evaluation.tasks import INSTRUCTIONS
+    from ...core.models.loading import BUILTIN, load_model
+    from ...core.prompt.messages import DEFAULT_SYSTEM
 
     if arguments.list:
         own = "embedding:MODEL", "specpc:OPTION=VALUE,..."
@@ -142,8 +142,8 @@ def _attention(bench: Bench, grid: Grid, arguments: argparse.Namespace) -> None:
     """Compare draft and target on the grid's items, and print the table."""
     from tqdm import tqdm
 
-    from ..core.evaluation.agreement import measure_agreement, table, write_agreement
-    from ..core.evaluation.runner import build
+    from ...core.evaluation.agreement import measure_agreement, table, write_agreement
+    from ...core.evaluation.runner import build
 
     items = list(build(bench, grid))
     shown = tqdm(items, "Compared", disable=arguments.no_progress)

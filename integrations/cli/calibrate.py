@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ..core.compressor import Compressor
-    from ..core.evaluation.tasks import EvalItem
+    from ...core.compressor import Compressor
+    from ...core.evaluation.tasks import EvalItem
 
 _DESCRIPTION = """\
 Learn the weights of a draft's attention heads from questions whose evidence is known, generated
@@ -59,9 +59,9 @@ def add_calibrate(commands: Any) -> None:
 
 def calibrate(arguments: argparse.Namespace) -> None:
     """Read, learn, save, and say what the weights are worth."""
-    from ..core.compressor import Compressor
-    from ..core.evaluation.calibration import calibrate
-    from ..core.specpc.head_weights import CALIBRATED, weights_path
+    from ...core.compressor import Compressor
+    from ...core.evaluation.calibration import calibrate
+    from ...core.specpc.head_weights import CALIBRATED, weights_path
 
     progress = not arguments.no_progress
     compressor = Compressor.load(arguments.draft, device=arguments.device, progress=progress)
@@ -77,11 +77,11 @@ def calibrate(arguments: argparse.Namespace) -> None:
 
 
 def _items(arguments: argparse.Namespace, compressor: Compressor) -> list[EvalItem]:
-    from ..core.evaluation.calibration import SEED
-    from ..core.evaluation.puzzles import TASKS
-    from ..core.evaluation.squad import read_article
-    from ..core.evaluation.tasks import make_items, natural_items
-    from ..core.specpc.bm25 import bm25
+    from ...core.evaluation.calibration import SEED
+    from ...core.evaluation.puzzles import TASKS
+    from ...core.evaluation.squad import read_article
+    from ...core.evaluation.tasks import make_items, natural_items
+    from ...core.specpc.bm25 import bm25
 
     seed = SEED if arguments.seed is None else arguments.seed
     article = None if arguments.data is None else read_article(arguments.data)

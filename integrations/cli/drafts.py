@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..core.errors import PromptError
+from ...core.errors import PromptError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -48,9 +48,9 @@ def build(arguments: argparse.Namespace) -> None:
     """Read, learn, save, and say how much was learnt."""
     if not arguments.docs and not arguments.answers:
         raise PromptError("There is nothing to learn from: give --docs FOLDER or --answers FILE.")
-    from ..core.generation.speculative.drafters.store import build_store, vocabulary_fingerprint
-    from ..core.models.loading import load_tokenizer
-    from ..core.prompt.encoder import PromptEncoder
+    from ...core.generation.speculative.drafters.store import build_store, vocabulary_fingerprint
+    from ...core.models.loading import load_tokenizer
+    from ...core.prompt.encoder import PromptEncoder
 
     tokenizer = load_tokenizer(arguments.target)
     encode: Callable[[str], list[int]] = PromptEncoder(tokenizer).encode_text
@@ -65,7 +65,7 @@ def build(arguments: argparse.Namespace) -> None:
 
 
 def _texts(arguments: argparse.Namespace) -> Iterator[str]:
-    from ..retrievers.folder import read_folder
+    from ...retrievers.folder import read_folder
 
     for folder in arguments.docs:
         yield from (passage.text for passage in read_folder(folder))

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.text import Text
 
-from .html_view import levels, segments
+from ..html_view import levels, segments
 
 if TYPE_CHECKING:
-    from ..core.types import Answer, CompressedContext, Drafting, Passage
+    from ...core.types import Answer, CompressedContext, Drafting, Passage
 
 _KEPT = {1: "green", 2: "green", 3: "bold green", 4: "bold green", 5: "bold reverse green"}
 _DROPPED = "dim"
@@ -115,7 +115,7 @@ def sources_json(
     passages: Sequence[Passage], context: CompressedContext | None
 ) -> list[dict[str, Any]]:
     """Every passage with its id, metadata, and, if compressed, kept text and spans."""
-    from ..retrievers.provenance import provenance  # brings torch, which `--help` can do without
+    from ...retrievers.provenance import provenance  # brings torch, which `--help` can do without
 
     sources = []
     for place, passage in enumerate(passages):

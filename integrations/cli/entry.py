@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from ..core.config import Generation, Method, Quantization, SpecKV, SpecKVPC, SpecPC
-from ..core.errors import DraftSieveError, PromptError
-from .cli_options import build_parser
-from .html_view import render_html
+from ...core.config import Generation, Method, Quantization, SpecKV, SpecKVPC, SpecPC
+from ...core.errors import DraftSieveError, PromptError
+from ..html_view import render_html
+from .parser import build_parser
 from .render import (
     answer_json,
     context_json,
@@ -32,9 +32,9 @@ from .render import (
 )
 
 if TYPE_CHECKING:
-    from ..core.engine import Engine
-    from ..core.generation.speculative.drafters.store import TrigramStore
-    from ..core.types import Answer, CompressedContext, Passage
+    from ...core.engine import Engine
+    from ...core.generation.speculative.drafters.store import TrigramStore
+    from ...core.types import Answer, CompressedContext, Passage
 
 _DRAFT_MODEL = ("lookahead", "model", "graph")  # drafting that needs the draft without a method
 INTERRUPTED, BROKEN_PIPE = 130, 141  # 128 + SIGINT, 128 + SIGPIPE, as a shell reports them
@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def ask(arguments: argparse.Namespace) -> None:
     """`draftsieve ask`: retrieve, answer, show the sources and what was kept of them."""
-    from ..core.engine import Engine
+    from ...core.engine import Engine
 
     passages = _retrieve(arguments.docs, arguments.question, arguments.top_k)
     method = _method(arguments)
@@ -97,7 +97,7 @@ def ask(arguments: argparse.Namespace) -> None:
 
 def compress(arguments: argparse.Namespace) -> None:
     """`draftsieve compress`: the shortened text on stdout, statistics on stderr."""
-    from ..core.compressor import Compressor
+    from ...core.compressor import Compressor
 
     whole = ""
     if arguments.docs is not None:
@@ -159,8 +159,8 @@ def _stream(
 
 def _retrieve(folder: Path, question: str, top_k: int) -> list[Passage]:
     """The best passages of a folder by BM25, best first; those without a common word are out."""
-    from ..retrievers.bm25 import Bm25Index
-    from ..retrievers.folder import read_folder
+    from ...retrievers.bm25 import Bm25Index
+    from ...retrievers.folder import read_folder
 
     found = Bm25Index.from_passages(read_folder(folder)).search(question, top_k)
     passages = [passage for passage, score in found if score > 0]
@@ -171,8 +171,8 @@ def _retrieve(folder: Path, question: str, top_k: int) -> list[Passage]:
 
 def _read_file(name: str) -> tuple[str, list[Passage]]:
     """A file, or standard input for "-", and its paragraphs as passages."""
-    from ..core.types import Passage
-    from ..retrievers.folder import paragraphs
+    from ...core.types import Passage
+    from ...retrievers.folder import paragraphs
 
     label = "stdin" if name == "-" else name
     data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
@@ -225,7 +225,7 @@ def _generation(arguments: argparse.Namespace) -> Generation:
 
 
 def _draft_store(arguments: argparse.Namespace) -> TrigramStore | None:
-    from ..core.generation.speculative.drafters.store import TrigramStore
+    from ...core.generation.speculative.drafters.store import TrigramStore
 
     return TrigramStore.load(arguments.draft_store) if arguments.draft_store else None
 
@@ -247,7 +247,3 @@ def _write_html(
 
 def _print_json(value: dict[str, Any]) -> None:
     print(json.dumps(value, ensure_ascii=False, indent=2, default=str))
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -1,0 +1,5 @@
+"""The command `draftsieve`."""
+
+from .entry import main
+
+__all__ = ["main"]
