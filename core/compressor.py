@@ -18,7 +18,7 @@ from .config import OnError, Quantization, SpecPC
 from .errors import OutOfMemoryError, PromptError
 from .kv_cache.prefix import Memory
 from .models.loading import accept, context_window, explain_out_of_memory, load_model
-from .prompt.encoder import PromptEncoder
+from .prompt.encoder import PromptEncoder, PromptTokens
 from .prompt.messages import DEFAULT_SYSTEM, Prompt
 from .runtime.deadline import deadline_after, until
 from .runtime.worker import Worker
@@ -27,7 +27,7 @@ from .specpc.draft_scores import guess, read_draft
 from .specpc.head_weights import head_weights
 from .specpc.pipeline import Compressed, Shortener, asking_rows
 from .specpc.result import unchanged
-from .types import CompressedContext, DraftReading, Passage, PromptTokens
+from .types import CompressedContext, DraftReading, Passage
 
 logger = logging.getLogger(__name__)
 

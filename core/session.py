@@ -25,10 +25,11 @@ from .kv_cache.files import SavedSession, read_files, write_files
 from .kv_cache.prefix import Memory, read_memory
 from .kv_cache.storage import Storage
 from .models.loading import explain_out_of_memory, fingerprint
+from .prompt.encoder import PromptTokens
 from .prompt.messages import Prompt
 from .runtime.clock import Clock
 from .runtime.worker import Worker
-from .types import Answer, Chunk, Passage, PromptTokens, Segment
+from .types import Answer, Chunk, Passage, Segment
 
 logger = logging.getLogger(__name__)
 

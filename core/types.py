@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import IntEnum
 from typing import Any
 
+import numpy as np
 import torch
 
 
@@ -41,39 +42,44 @@ class Segment(IntEnum):
     PASSAGE = 5
 
 
-@dataclass(frozen=True, slots=True)
-class PromptTokens:
-    """A tokenised prompt that remembers where each token comes from.
+class TensorValue:
+    """Base of frozen values that hold tensors: equal if of one class with equal fields, no hash.
 
-    `start` and `end` are character offsets into the original text of the token's passage; they are
-    -1 for tokens of other segments. Tokens of one multi-byte character share its span.
+    Such a class is declared with `eq=False`, as the equality that `dataclass` writes asks a whole
+    tensor for its truth. Tensors are equal that agree in type, device, shape and every element.
     """
 
-    ids: torch.Tensor  # (tokens,) int64
-    segment: torch.Tensor  # (tokens,) int8, values of Segment
-    passage: torch.Tensor  # (tokens,) int32, index of the passage or -1
-    start: torch.Tensor  # (tokens,) int32
-    end: torch.Tensor  # (tokens,) int32
+    __slots__ = ()
 
-    def __len__(self) -> int:
-        return int(self.ids.numel())
-
-    @property
-    def protected(self) -> torch.Tensor:
-        """(tokens,) bool: True where the token must be kept."""
-        return self.segment != int(Segment.PASSAGE)
+    def __eq__(self, other: object) -> bool:
+        if type(other) is not type(self):
+            return NotImplemented
+        names = [field.name for field in fields(self)]  # type: ignore[arg-type]
+        return all(_equal(getattr(self, name), getattr(other, name)) for name in names)
 
 
-@dataclass(frozen=True, slots=True)
-class DraftReading:
+def _equal(ours: Any, theirs: Any) -> bool:
+    """Equality of two fields, which may be tensors, arrays or sequences of them."""
+    if isinstance(ours, torch.Tensor) and isinstance(theirs, torch.Tensor):
+        alike = (ours.dtype, ours.device) == (theirs.dtype, theirs.device)
+        return alike and torch.equal(ours, theirs)
+    if isinstance(ours, np.ndarray) and isinstance(theirs, np.ndarray):
+        return ours.dtype == theirs.dtype and np.array_equal(ours, theirs)
+    if isinstance(ours, list | tuple) and isinstance(theirs, list | tuple):
+        return len(ours) == len(theirs) and all(map(_equal, ours, theirs))
+    return bool(ours == theirs)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DraftReading(TensorValue):
     """What the draft made of a prompt."""
 
     scores: torch.Tensor  # (tokens,) float32, before pooling
     lookahead_ids: torch.Tensor  # (lookahead,) int64, the draft's guessed answer
 
 
-@dataclass(frozen=True, slots=True)
-class Selection:
+@dataclass(frozen=True, slots=True, eq=False)
+class Selection(TensorValue):
     """Kept prompt positions, always ascending."""
 
     indices: torch.Tensor  # (kept,) int64
@@ -195,8 +201,8 @@ class Chunk:
     tool_calls: tuple[ToolCall, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Trace:
+@dataclass(frozen=True, slots=True, eq=False)
+class Trace(TensorValue):
     """Every intermediate of one request on bare token ids (see DESIGN, `Engine.trace`)."""
 
     output_ids: torch.Tensor  # (new tokens,) int64

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from draftsieve import Compressor, Passage, Prompt, SpecPC
 from draftsieve.core import compressor as compressor_module
 from draftsieve.core.errors import BudgetError, ConfigError, ModelNotFoundError, PromptError
-from draftsieve.core.specpc.budget import Budget
+from draftsieve.core.specpc.fitting import Budget
 from draftsieve.core.specpc.units import sentence_spans, word_spans
 from draftsieve.core.types import CompressedContext, Segment
 

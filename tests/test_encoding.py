@@ -11,9 +11,9 @@ from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from draftsieve.core.errors import ModelError, PromptError
-from draftsieve.core.prompt.encoder import PLAIN_TEMPLATE, PromptEncoder
+from draftsieve.core.prompt.encoder import PLAIN_TEMPLATE, PromptEncoder, PromptTokens
 from draftsieve.core.prompt.messages import Prompt
-from draftsieve.core.types import PromptTokens, Segment
+from draftsieve.core.types import Segment
 from examples.benchmarks.hostile import CONTROLS as EVIL
 
 from .tokenizer_styles import CORPUS, STYLES, chatml, gemma, llama3, phi3, unigram, wordpiece

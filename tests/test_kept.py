@@ -11,7 +11,8 @@ from draftsieve import Prompt, SpecPC
 from draftsieve.core.errors import ModelError
 from draftsieve.core.kv_cache.prefix import Memory
 from draftsieve.core.models.attention_capture import AttentionCall
-from draftsieve.core.specpc.ranking import join_spans, merge_spans, rank_units
+from draftsieve.core.specpc.fitting import join_spans, merge_spans
+from draftsieve.core.specpc.ranking import rank_units
 from draftsieve.core.specpc.units import unit_spans
 
 from .adapters_fixtures import QUESTION, TEXTS, tiny_compressor

@@ -7,9 +7,17 @@ import torch
 
 from draftsieve import Engine, SpecPC
 from draftsieve.core.models.attention_capture import attention_probabilities
-from draftsieve.core.specpc.scoring import pool, reduce_rows, row_weights
-from draftsieve.core.specpc.select import select, token_budget
-from draftsieve.core.specpc.selection import distinct, enough, floor_first, neighbor_offsets, rank
+from draftsieve.core.specpc.fitting import token_budget
+from draftsieve.core.specpc.ranking import (
+    distinct,
+    enough,
+    floor_first,
+    neighbor_offsets,
+    pool,
+    rank,
+)
+from draftsieve.core.specpc.scoring import reduce_rows, row_weights
+from draftsieve.core.specpc.selection import select
 
 from . import families
 

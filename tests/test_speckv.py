@@ -27,11 +27,11 @@ from draftsieve.core.generation.decode import next_tokens
 from draftsieve.core.kv_cache.batch import join_evicted
 from draftsieve.core.kv_cache.layers import EvictedLayer, cache_bytes
 from draftsieve.core.kv_cache.prefill import pad_left
+from draftsieve.core.prompt.encoder import PromptTokens
 from draftsieve.core.speckv import batch as speckv_batch
 from draftsieve.core.speckv.evict import Eviction, evict
 from draftsieve.core.speckv.lookahead import look_ahead
 from draftsieve.core.speckv.scorers import SCORERS, h2o
-from draftsieve.core.types import PromptTokens
 
 from . import families
 from .adapters_fixtures import QUESTION, TEMPLATE, TEXTS, tiny_engine, tiny_model, tiny_tokenizer

@@ -12,8 +12,8 @@ import torch
 
 from draftsieve import Engine, SpecPC
 from draftsieve.core.specpc.draft_scores import read_draft
-from draftsieve.core.specpc.scoring import pool
-from draftsieve.core.specpc.select import select
+from draftsieve.core.specpc.ranking import pool
+from draftsieve.core.specpc.selection import select
 from draftsieve.core.types import DraftReading
 
 from . import recorded

@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
-from ..specpc.ranking import join_spans, merge_spans
+from ..specpc.fitting import join_spans, merge_spans
 from ..specpc.units import sentence_spans
 from .squad import Counter, Scorer
 

@@ -21,10 +21,10 @@ from ..compressor import Compressor
 from ..config import SpecPC
 from ..errors import ConfigError, ModelError
 from ..models.loading import context_window, fingerprint
+from ..prompt.encoder import PromptTokens
 from ..specpc.head_weights import HeadWeights, read_heads
 from ..specpc.pipeline import asking_rows
 from ..specpc.scoring import row_weights
-from ..types import PromptTokens
 from .puzzles import TASKS
 from .scorers import require_eval
 from .tasks import EvalItem
@@ -49,7 +49,7 @@ class Calibration:
     precision_before: float
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class _Tokens:
     """Passage tokens of one item."""
 

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..specpc.ranking import merge_spans
+from ..specpc.fitting import merge_spans
 from .baselines import Kept
 from .tasks import EvalItem, Place
 

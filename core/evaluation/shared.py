@@ -16,11 +16,11 @@ from ..generation.pipeline import Pipeline
 from ..generation.request import Memories
 from ..kv_cache.prefix import read_memory
 from ..models.loading import LoadedModel, fingerprint
-from ..prompt.encoder import PromptEncoder
+from ..prompt.encoder import PromptEncoder, PromptTokens
 from ..prompt.messages import Prompt
 from ..speckv.lookahead import greedy
 from ..specpc.sparse_positions import kept_places, start_at
-from ..types import Answer, DraftReading, PromptTokens
+from ..types import Answer, DraftReading
 from .baselines import Kept
 from .tasks import EvalItem
 

@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 
 from ..errors import ModelError
 from ..models.attention_capture import AttentionCall, observing
+from ..prompt.encoder import PromptTokens
 from ..specpc.draft_scores import guess
-from ..types import PromptTokens
 from .baselines import Kept
 
 LOOKAHEAD, KERNEL, CHUNK = 8, 13, 32

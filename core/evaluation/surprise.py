@@ -13,9 +13,8 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedModel
 
-from ..prompt.encoder import PromptEncoder
+from ..prompt.encoder import PromptEncoder, PromptTokens
 from ..prompt.messages import Prompt
-from ..types import PromptTokens
 from .baselines import Kept
 from .squad import Counter
 from .tasks import EvalItem, question_first

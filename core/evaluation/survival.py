@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..specpc.ranking import merge_spans
+from ..specpc.fitting import merge_spans
 from .baselines import Kept, kept_text, kept_tokens
 from .squad import Counter, Item
 

@@ -12,7 +12,7 @@ from ..compressor import Compressor
 from ..config import Generation, Method, OnError, SpecKV, SpecPC, stages
 from ..errors import NO_DRAFT, BudgetError, ModelError, PromptError
 from ..models.loading import context_window, end_token_ids, explain_out_of_memory
-from ..prompt.encoder import PromptEncoder
+from ..prompt.encoder import PromptEncoder, PromptTokens
 from ..prompt.messages import Prompt
 from ..runtime.clock import Clock
 from ..runtime.deadline import deadline_after, until
@@ -20,7 +20,7 @@ from ..speckv.evict import token_capacity
 from ..speckv.lookahead import look_ahead
 from ..speckv.scorers import SCORERS
 from ..specpc.sparse_positions import kept_places
-from ..types import CompressedContext, PromptTokens
+from ..types import CompressedContext
 from .constrained import Grammars
 from .decode import RowText
 from .request import EvictionPlan, Memories, Request
@@ -30,7 +30,7 @@ from .speculative.select import Drafters, DraftPlan
 MAX_LOOKAHEAD = 256  # tokens that the draft guesses at most unless the method says otherwise
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Work:
     """One prompt while it is prepared."""
 

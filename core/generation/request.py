@@ -15,7 +15,7 @@ from .decode import RowText
 from .speculative.select import DraftPlan
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Request:
     """One prompt on its way through the engine."""
 
@@ -63,7 +63,7 @@ class Request:
         )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class EvictionPlan:
     """What SpecKV needs for one request."""
 

@@ -10,7 +10,7 @@ from ..errors import NO_DRAFT, ModelError
 from ..speckv.evict import Eviction, evict, token_capacity
 from ..speckv.lookahead import greedy, look_ahead
 from ..specpc.draft_scores import guess, read_draft
-from ..specpc.select import select
+from ..specpc.selection import select
 from ..specpc.sparse_positions import start_at
 from ..types import DraftReading, Selection, Trace
 

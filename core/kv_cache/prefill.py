@@ -24,7 +24,7 @@ MOST_PADDING = 0.125  # of a row of such a pass
 Observe = Callable[[Sequence[int], torch.Tensor], AbstractContextManager[None]]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Prompts:
     """Prompts that have been read; all end in the same column."""
 
@@ -121,7 +121,7 @@ def mask_left(lengths: Sequence[int], device: torch.device) -> torch.Tensor:
     return (torch.arange(columns, device=device) >= columns - sizes).long()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Start:
     """Where decoding begins: a cache, and the tokens to feed next."""
 

@@ -16,7 +16,7 @@ from .prefill import Start
 from .storage import Storage, StoredLayer, StoredStates
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Memory:
     """What a model made of its first tokens, on the CPU."""
 

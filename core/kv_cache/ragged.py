@@ -19,7 +19,7 @@ EXACT = 16  # groups of a layer up to which no head is padded
 SLACK = 16  # above, a head is padded by at most a 16th of the longest head of its group
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class HeadGroup:
     """Heads of a batch that hold the same number of entries, or nearly."""
 

@@ -18,7 +18,7 @@ Storage = Literal["memory", "int8"]
 LEVELS = 127
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class StoredStates:
     """One layer's keys or values."""
 

@@ -29,7 +29,7 @@ from ..runtime.deadline import check_deadline
 NAME = "draftsieve_observed"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class KeyView:
     """Which keys a layer showed: absolute positions first .. first + count - 1."""
 

@@ -10,6 +10,7 @@ may do to a text) and `plain_text.py` (what counts as a control token).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -17,12 +18,35 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from ..types import PromptTokens, Segment
+from ..types import Segment, TensorValue
 from .messages import Prompt
 from .safe_tokenizer import Encoded, Ints, PlainText
 from .template import DEFAULT_TEMPLATE_OPTIONS, PLAIN_TEMPLATE, ChatTemplate, Piece
 
 __all__ = ["DEFAULT_TEMPLATE_OPTIONS", "PLAIN_TEMPLATE", "PromptEncoder"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PromptTokens(TensorValue):
+    """A tokenised prompt that remembers where each token comes from.
+
+    `start` and `end` are character offsets into the original text of the token's passage; they are
+    -1 for tokens of other segments. Tokens of one multi-byte character share its span.
+    """
+
+    ids: torch.Tensor  # (tokens,) int64
+    segment: torch.Tensor  # (tokens,) int8, values of Segment
+    passage: torch.Tensor  # (tokens,) int32, index of the passage or -1
+    start: torch.Tensor  # (tokens,) int32
+    end: torch.Tensor  # (tokens,) int32
+
+    def __len__(self) -> int:
+        return int(self.ids.numel())
+
+    @property
+    def protected(self) -> torch.Tensor:
+        """(tokens,) bool: True where the token must be kept."""
+        return self.segment != int(Segment.PASSAGE)
 
 
 class PromptEncoder:

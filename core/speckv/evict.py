@@ -32,7 +32,7 @@ from .scorers import SCORERS, LayerView
 from .sparse_prefill import SparsePrefill, plan_sparse
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Eviction:
     """What SpecKV did to a batch of prompts."""
 

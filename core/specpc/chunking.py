@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from ..errors import PromptError
-from ..types import PromptTokens
+from ..prompt.encoder import PromptTokens
 
 _NUMBER = 12  # tokens allowed for blank line and number in front of a piece
 
@@ -30,7 +30,7 @@ class Piece:
 def plan_groups(
     texts: Sequence[str], tokens: PromptTokens, fixed: int, window: int
 ) -> list[list[Piece]]:
-    """Split the passages into groups that fit into the draft's window.
+    """Split the passages of a prompt that exceeds the draft's window into groups that fit.
 
     Args:
         texts: The passages' texts.
@@ -39,13 +39,11 @@ def plan_groups(
         window: Most tokens of one group's prompt.
 
     Returns:
-        Groups of pieces in order; one group if all fits.
+        Groups of pieces in order.
 
     Raises:
         PromptError: The question and system text alone do not fit.
     """
-    if len(tokens) <= window:
-        return [[Piece(i, 0, len(text)) for i, text in enumerate(texts)]]
     room = window - fixed
     if room <= 4 * _NUMBER:
         raise PromptError(

@@ -21,14 +21,15 @@ from transformers import PreTrainedModel
 from ..errors import ModelError, ModelNotFoundError
 from ..models.attention_capture import AttentionCall, observing
 from ..models.loading import fingerprint
+from ..types import TensorValue
 
 FILE = "head_weights.json"  # beside the draft's own files
 CALIBRATED = "calibrated"  # names that file
 _LOADED: WeakKeyDictionary[PreTrainedModel, dict[Path, HeadWeights]] = WeakKeyDictionary()
 
 
-@dataclass(frozen=True, slots=True)
-class HeadWeights:
+@dataclass(frozen=True, slots=True, eq=False)
+class HeadWeights(TensorValue):
     """A logistic model over the heads of one draft."""
 
     heads: torch.Tensor  # (layers, heads) float32

@@ -17,13 +17,13 @@ from transformers import PreTrainedModel
 from ..config import Generation, OnError, SpecPC
 from ..errors import ModelError, RequestTimeoutError
 from ..models.loading import context_window, explain_out_of_memory
-from ..prompt.encoder import PromptEncoder
+from ..prompt.encoder import PromptEncoder, PromptTokens
 from ..prompt.messages import Prompt
 from ..runtime.clock import Clock
-from ..types import CompressedContext, DraftReading, PromptTokens
-from .budget import Budget
+from ..types import CompressedContext, DraftReading
 from .chunking import Piece, group_texts, plan_groups, spread_scores
-from .ranking import fit, only_best, rank_units
+from .fitting import Budget, fit
+from .ranking import only_best, rank_units
 from .result import describe, unchanged
 
 logger = logging.getLogger(__name__)
@@ -31,7 +31,7 @@ Compressed = tuple[Prompt, CompressedContext]
 Read = Callable[[Sequence[PromptTokens], SpecPC, Sequence[int]], list[DraftReading]]
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Reading:
     """A prompt that the draft has to read before it can be shortened."""
 
@@ -40,7 +40,7 @@ class _Reading:
     budget: Budget
     clock: Clock
     lookahead: int
-    groups: list[list[Piece]]  # one, unless the prompt exceeds the draft's window
+    groups: list[list[Piece]]  # none, unless the prompt exceeds the draft's window
     parts: list[PromptTokens]  # what is read: the prompt, or one for each group
     found: DraftReading | Exception | None = None
 
@@ -98,10 +98,10 @@ class Shortener:
         budget.require_room(fixed)
         lookahead = method.lookahead_tokens or max_new_tokens or Generation().max_new_tokens
         window = context_window(self.model) or len(tokens) + lookahead
-        texts = [passage.text for passage in prompt.passages]
-        groups = plan_groups(texts, tokens, fixed, window - lookahead)
-        parts = [tokens]
-        if len(groups) > 1:
+        groups, parts = [], [tokens]
+        if len(tokens) > window - lookahead:
+            texts = [passage.text for passage in prompt.passages]
+            groups = plan_groups(texts, tokens, fixed, window - lookahead)
             logger.info("The prompt exceeds the draft's window: %d groups are read.", len(groups))
             short = [prompt.with_texts(group_texts(len(texts), texts, group)) for group in groups]
             parts = [self.encoder.encode(part) for part in short]

@@ -1,29 +1,27 @@
-"""From scores to kept text: rank the units of a prompt's passages, then take what the budget holds.
+"""The order in which SpecPC takes what it keeps (paper Algorithm 2): of tokens, and of units.
 
-The result is always measured by encoding the shortened prompt again, gap markers included, so a
-budget means what it says whatever the tokenizer merges.
+rank the tokens of a prompt by pooled score, each with its neighbours; or the words, sentences or
+passages that they make up.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch.nn import functional
 
-from ..config import SpecPC
-from ..types import PromptTokens, Span
+from ..config import Pool, SpecPC
+from ..prompt.encoder import PromptTokens
+from ..types import TensorValue
 from .bm25 import bm25
-from .scoring import pool
-from .selection import enough, floor_first, rank
 from .units import unit_spans
 
-_ROUNDS = 12  # of the search for the most tokens that fit
 
-
-@dataclass(frozen=True, slots=True)
-class RankedUnits:
+@dataclass(frozen=True, slots=True, eq=False)
+class RankedUnits(TensorValue):
     """Units of passage text, the most wanted first; arrays of equal length."""
 
     passage: np.ndarray  # index of the passage
@@ -31,15 +29,6 @@ class RankedUnits:
     end: np.ndarray
     cost: np.ndarray  # tokens
     complete: bool = True  # False where an adaptive budget has left units out
-
-
-@dataclass(frozen=True, slots=True)
-class KeptText:
-    """What is left of every passage."""
-
-    texts: tuple[str, ...]
-    bounds: tuple[tuple[tuple[int, int], ...], ...]  # per passage, kept characters
-    size: int  # in tokens, as the budget counts
 
 
 def rank_units(
@@ -181,120 +170,105 @@ def only_best(
     return [text if index in chosen else "" for index, text in enumerate(texts)]
 
 
-def fit(
-    texts: Sequence[str],
-    ranked: RankedUnits,
+def rank(
+    pooled: torch.Tensor,
+    scores: torch.Tensor,
     limit: int,
-    first_guess: int,
-    measure: Callable[[Sequence[str]], int],
-    count: Callable[[str], int],
-    marker: str | None,
-) -> KeptText:
-    """Take as many units as possible while the shortened prompt measures at most `limit`.
+    neighbors: int,
+    candidates: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Order tokens by the moment at which SpecPC takes them.
+
+    The `limit` best tokens by pooled score (ties: higher unpooled score, then lower index) each
+    bring their neighbours, nearest first and left before right; a token counts once.
 
     Args:
-        texts: The passages' texts.
-        ranked: Their units.
-        limit: The budget, as `measure` counts.
-        first_guess: Unit tokens to try first.
-        measure: Size of the prompt with these passage texts.
-        count: Tokens of one text.
-        marker: Text between kept spans.
+        pooled: (tokens,) pooled scores.
+        scores: (tokens,) scores before pooling.
+        limit: How many tokens the caller may take at most.
+        neighbors: Tokens a selected one brings, itself included, at least 1.
+        candidates: (tokens,) bool, the tokens that compete; None means all.
+
+    Returns:
+        (ranked,) int64 distinct indices, best first.
     """
-    original = [count(text) for text in texts]
-    if ranked.complete and (size := measure(texts)) <= limit:
-        return KeptText(tuple(texts), tuple(((0, len(t)),) if t else () for t in texts), size)
-    bounds = tuple(() for _ in texts)
-    best = KeptText(tuple("" for _ in texts), bounds, measure(["" for _ in texts]))
-    low, high, guess = 1, int(ranked.cost.sum()), first_guess
-    for _ in range(_ROUNDS):
-        if low > high:
-            break
-        guess = min(max(guess, low), high)
-        tried = _keep(texts, ranked, guess, original, count, marker)
-        size = measure(tried[0])
-        if size <= limit:
-            best, low = KeptText(*tried, size), guess + 1
-        else:
-            high = guess - 1
-        step = limit - size
-        guess = guess + step if step else low
-    return best
+    count = pooled.numel()
+    by_score = torch.argsort(scores, descending=True, stable=True)
+    order = by_score[torch.argsort(pooled[by_score], descending=True, stable=True)]
+    if candidates is not None:
+        order = order[candidates[order]]
+    offsets = neighbor_offsets(neighbors).to(pooled.device)
+    spread = order[:limit, None] + offsets  # (limit, neighbors)
+    ranked = distinct(spread.clamp(0, max(count - 1, 0)).reshape(-1), count)
+    return ranked if candidates is None else ranked[candidates[ranked]]
 
 
-def _keep(
-    texts: Sequence[str],
-    ranked: RankedUnits,
-    tokens: int,
-    original: Sequence[int],
-    count: Callable[[str], int],
-    marker: str | None,
-) -> tuple[tuple[str, ...], tuple[tuple[tuple[int, int], ...], ...]]:
-    """Keep the best units of `tokens` tokens in all; a passage that would grow stays whole."""
-    taken = _affordable(ranked.cost, tokens)
-    kept_texts, kept_bounds = [], []
-    for index, text in enumerate(texts):
-        mine = taken[ranked.passage[taken] == index]
-        bounds = merge_spans(text, sorted(zip(ranked.start[mine], ranked.end[mine], strict=True)))
-        short = join_spans(text, bounds, marker)
-        if bounds and count(short) >= original[index]:
-            short, bounds = text, ((0, len(text)),)
-        kept_texts.append(short)
-        kept_bounds.append(bounds)
-    return tuple(kept_texts), tuple(kept_bounds)
+def neighbor_offsets(neighbors: int) -> torch.Tensor:
+    """Offsets -((n-1)//2) .. n//2 by distance, left before right at equal distance."""
+    offsets = torch.arange(-((neighbors - 1) // 2), neighbors // 2 + 1)
+    return offsets[torch.argsort(offsets.abs(), stable=True)]
 
 
-def _affordable(cost: np.ndarray, tokens: int) -> np.ndarray:
-    """Indices of units taken in order, skipping those that no longer fit."""
-    total = np.cumsum(cost)
-    whole = int(np.searchsorted(total, tokens, side="right"))
-    left = tokens - (int(total[whole - 1]) if whole else 0)
-    taken = list(range(whole))
-    for index in range(whole, len(cost)):
-        if left <= 0:
-            break
-        if cost[index] <= left:
-            taken.append(index)
-            left -= int(cost[index])
-    return np.array(taken, dtype=np.int64)
+def distinct(indices: torch.Tensor, count: int) -> torch.Tensor:
+    """Drop repeats of indices in 0..count-1, keeping first appearances in order."""
+    places = torch.arange(indices.numel(), device=indices.device)
+    first = torch.full((count,), indices.numel(), device=indices.device)
+    first = first.scatter_reduce(0, indices, places, "amin")
+    found = torch.nonzero(first < indices.numel()).squeeze(1)
+    return found[torch.argsort(first[found])]
 
 
-def merge_spans(text: str, spans: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
-    """Join ascending spans that touch or have only whitespace between them, and trim them."""
-    merged: list[tuple[int, int]] = []
-    for start, end in ((int(s), int(e)) for s, e in spans):
-        if merged and (start <= merged[-1][1] or text[merged[-1][1] : start].isspace()):
-            merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
-        else:
-            merged.append((start, end))
-    trimmed = []
-    for start, end in merged:
-        body = text[start:end]
-        lead, tail = len(body) - len(body.lstrip()), len(body) - len(body.rstrip())
-        if lead < len(body):
-            trimmed.append((start + lead, end - tail))
-    return tuple(trimmed)
+def floor_first(groups: torch.Tensor, floor: int) -> torch.Tensor:
+    """Move the first `floor` members of every group to the front; both parts keep their order.
+
+    Args:
+        groups: (units,) int64 group of each unit, the most wanted unit first.
+        floor: Units that each group is sure of.
+
+    Returns:
+        (units,) int64 new order, as places in `groups`.
+    """
+    order = torch.argsort(groups, stable=True)
+    _, sizes = torch.unique_consecutive(groups[order], return_counts=True)
+    first = torch.repeat_interleave(sizes.cumsum(0) - sizes, sizes)  # where each one's group begins
+    place = torch.empty_like(order)  # (units,) members of the own group in front of it
+    place[order] = torch.arange(len(order)) - first
+    return torch.argsort((place >= floor).long(), stable=True)
 
 
-def join_spans(text: str, bounds: Sequence[tuple[int, int]], marker: str | None) -> str:
-    """The kept text: `marker` (a space if None) stands where something was left out."""
-    return (marker or " ").join(text[start:end] for start, end in bounds)
+def enough(masses: torch.Tensor, share: float) -> int:
+    """How many units, taken in order, hold at least a share of the whole mass.
+
+    Args:
+        masses: (units,) not negative, the most wanted unit first.
+        share: In (0, 1].
+    """
+    total = masses.double().cumsum(0)
+    if not len(total) or float(total[-1]) <= 0.0:
+        return len(total)
+    reached = torch.nonzero(total >= share * total[-1]).squeeze(1)
+    return int(reached[0]) + 1
 
 
-def scored_spans(
-    ids: Sequence[str],
-    bounds: Sequence[Sequence[tuple[int, int]]],
-    tokens: PromptTokens,
-    scores: torch.Tensor | None,
-) -> tuple[Span, ...]:
-    """Spans with the best score among their tokens; 0 where the draft was not asked."""
-    passage, start, end = (x.numpy() for x in (tokens.passage, tokens.start, tokens.end))
-    values = np.zeros(len(tokens)) if scores is None else scores.numpy()
-    spans = []
-    for index, (name, kept) in enumerate(zip(ids, bounds, strict=True)):
-        mine = np.nonzero(passage == index)[0]
-        for first, last in kept:
-            inside = mine[(start[mine] < last) & (end[mine] > first)]
-            score = float(values[inside].max()) if len(inside) else 0.0
-            spans.append(Span(name, first, last, score, index))
-    return tuple(spans)
+def pool(scores: torch.Tensor, kernel_size: int, how: Pool | None) -> torch.Tensor:
+    """Pool scores over positions i - (k - 1) // 2 .. i + k // 2, zeros outside.
+
+    Args:
+        scores: (..., tokens) float32.
+        kernel_size: Width k.
+        how: "max", "mean" (borders divide by k too) or None.
+
+    Returns:
+        (..., tokens), same shape.
+    """
+    if how is None or kernel_size == 1:
+        return scores
+    left = (kernel_size - 1) // 2
+    padded = functional.pad(scores, (left, kernel_size - 1 - left)).unsqueeze(-2)
+    flat = padded.reshape(-1, 1, padded.shape[-1])
+    pooled = (
+        functional.max_pool1d(flat, kernel_size, stride=1)
+        if how == "max"
+        else functional.avg_pool1d(flat, kernel_size, stride=1)
+    )
+    return pooled.reshape(scores.shape)

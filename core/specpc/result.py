@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 
 from ..config import SpecPC
+from ..prompt.encoder import PromptTokens
 from ..prompt.messages import Prompt
-from ..types import CompressedContext, CompressionStats, PassageStats, PromptTokens
-from .ranking import passage_scores, scored_spans
+from ..types import CompressedContext, CompressionStats, PassageStats, Span
+from .ranking import passage_scores
 
 Bounds = Sequence[Sequence[tuple[int, int]]]  # per passage, kept characters
 
@@ -52,7 +54,7 @@ def describe(
         text=shorter.documents_text,
         passages=tuple(shorter.passages[i] for i in indices),
         indices=indices,
-        spans=scored_spans(ids, bounds, tokens, scores),
+        spans=_scored_spans(ids, bounds, tokens, scores),
         sizes=sizes,
         stats=CompressionStats(
             prompt_tokens=len(tokens),
@@ -84,3 +86,22 @@ def _sizes(tokens: PromptTokens, count: int) -> list[int]:
     """Tokens of each passage."""
     inside = tokens.passage[tokens.passage >= 0].long()
     return torch.bincount(inside, minlength=count).tolist()
+
+
+def _scored_spans(
+    ids: Sequence[str],
+    bounds: Sequence[Sequence[tuple[int, int]]],
+    tokens: PromptTokens,
+    scores: torch.Tensor | None,
+) -> tuple[Span, ...]:
+    """Spans with the best score among their tokens; 0 where the draft was not asked."""
+    passage, start, end = (x.numpy() for x in (tokens.passage, tokens.start, tokens.end))
+    values = np.zeros(len(tokens)) if scores is None else scores.numpy()
+    spans = []
+    for index, (name, kept) in enumerate(zip(ids, bounds, strict=True)):
+        mine = np.nonzero(passage == index)[0]
+        for first, last in kept:
+            inside = mine[(start[mine] < last) & (end[mine] > first)]
+            score = float(values[inside].max()) if len(inside) else 0.0
+            spans.append(Span(name, first, last, score, index))
+    return tuple(spans)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import torch
-from torch.nn import functional
 
-from ..config import Pool, Reduction
+from ..config import Reduction
 
 
 def row_weights(lengths: torch.Tensor, window: int, weighted: bool) -> torch.Tensor:
@@ -55,27 +54,3 @@ def reduce_heads(
     """
     strongest = (probabilities * weights[:, None, :, None]).amax(2)  # (batch, heads, keys)
     return torch.einsum("bhk,h->bk", strongest, heads)
-
-
-def pool(scores: torch.Tensor, kernel_size: int, how: Pool | None) -> torch.Tensor:
-    """Pool scores over positions i - (k - 1) // 2 .. i + k // 2, zeros outside.
-
-    Args:
-        scores: (..., tokens) float32.
-        kernel_size: Width k.
-        how: "max", "mean" (borders divide by k too) or None.
-
-    Returns:
-        (..., tokens), same shape.
-    """
-    if how is None or kernel_size == 1:
-        return scores
-    left = (kernel_size - 1) // 2
-    padded = functional.pad(scores, (left, kernel_size - 1 - left)).unsqueeze(-2)
-    flat = padded.reshape(-1, 1, padded.shape[-1])
-    pooled = (
-        functional.max_pool1d(flat, kernel_size, stride=1)
-        if how == "max"
-        else functional.avg_pool1d(flat, kernel_size, stride=1)
-    )
-    return pooled.reshape(scores.shape)

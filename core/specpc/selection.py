@@ -1,88 +1,39 @@
-"""Pure functions from scores and a budget to kept token indices (paper Algorithm 2)."""
+"""SpecPC on bare token ids, as in the paper (arXiv 2506.08373, Algorithm 2): pool, rank, keep.
+
+Prompts with passages go through `pipeline.py`, which ranks only passage tokens and keeps the rest.
+"""
 
 from __future__ import annotations
 
 import torch
 
+from ..config import SpecPC
+from ..types import Selection
+from .fitting import token_budget
+from .ranking import distinct, pool, rank
 
-def rank(
-    pooled: torch.Tensor,
-    scores: torch.Tensor,
-    limit: int,
-    neighbors: int,
-    candidates: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Order tokens by the moment at which SpecPC takes them.
 
-    The `limit` best tokens by pooled score (ties: higher unpooled score, then lower index) each
-    bring their neighbours, nearest first and left before right; a token counts once.
+def select(scores: torch.Tensor, options: SpecPC) -> Selection:
+    """Choose the tokens of a bare prompt that reach the target.
+
+    The newest W tokens always stay, then the best-scored tokens with their neighbours. W is cut
+    to the capacity and to the prompt; a ratio counts all tokens.
 
     Args:
-        pooled: (tokens,) pooled scores.
-        scores: (tokens,) scores before pooling.
-        limit: How many tokens the caller may take at most.
-        neighbors: Tokens a selected one brings, itself included, at least 1.
-        candidates: (tokens,) bool, the tokens that compete; None means all.
+        scores: (tokens,) float32 from `read_draft`.
+        options: Budget, pooling and neighbours.
 
     Returns:
-        (ranked,) int64 distinct indices, best first.
+        Ascending kept indices, min(tokens, capacity) of them, and the pooled scores.
     """
-    count = pooled.numel()
-    by_score = torch.argsort(scores, descending=True, stable=True)
-    order = by_score[torch.argsort(pooled[by_score], descending=True, stable=True)]
-    if candidates is not None:
-        order = order[candidates[order]]
-    offsets = neighbor_offsets(neighbors).to(pooled.device)
-    spread = order[:limit, None] + offsets  # (limit, neighbors)
-    ranked = distinct(spread.clamp(0, max(count - 1, 0)).reshape(-1), count)
-    return ranked if candidates is None else ranked[candidates[ranked]]
-
-
-def neighbor_offsets(neighbors: int) -> torch.Tensor:
-    """Offsets -((n-1)//2) .. n//2 by distance, left before right at equal distance."""
-    offsets = torch.arange(-((neighbors - 1) // 2), neighbors // 2 + 1)
-    return offsets[torch.argsort(offsets.abs(), stable=True)]
-
-
-def distinct(indices: torch.Tensor, count: int) -> torch.Tensor:
-    """Drop repeats of indices in 0..count-1, keeping first appearances in order."""
-    places = torch.arange(indices.numel(), device=indices.device)
-    first = torch.full((count,), indices.numel(), device=indices.device)
-    first = first.scatter_reduce(0, indices, places, "amin")
-    found = torch.nonzero(first < indices.numel()).squeeze(1)
-    return found[torch.argsort(first[found])]
-
-
-def floor_first(groups: torch.Tensor, floor: int) -> torch.Tensor:
-    """Move the first `floor` members of every group to the front; both parts keep their order.
-
-    Args:
-        groups: (units,) int64 group of each unit, the most wanted unit first.
-        floor: Units that each group is sure of.
-
-    Returns:
-        (units,) int64 new order, as places in `groups`.
-    """
-    order = torch.argsort(groups, stable=True)
-    _, sizes = torch.unique_consecutive(groups[order], return_counts=True)
-    first = torch.repeat_interleave(sizes.cumsum(0) - sizes, sizes)  # where each one's group begins
-    place = torch.empty_like(order)  # (units,) members of the own group in front of it
-    place[order] = torch.arange(len(order)) - first
-    return torch.argsort((place >= floor).long(), stable=True)
-
-
-def enough(masses: torch.Tensor, share: float) -> int:
-    """How many units, taken in order, hold at least a share of the whole mass.
-
-    Args:
-        masses: (units,) not negative, the most wanted unit first.
-        share: In (0, 1].
-    """
-    total = masses.double().cumsum(0)
-    if not len(total) or float(total[-1]) <= 0.0:
-        return len(total)
-    reached = torch.nonzero(total >= share * total[-1]).squeeze(1)
-    return int(reached[0]) + 1
+    count = scores.numel()
+    capacity = token_budget(options, count)
+    pooled = pool(scores, options.kernel_size, options.pool)
+    if capacity >= count:
+        return Selection(torch.arange(count), pooled)
+    window = min(options.window_size, capacity, count)
+    ranked = rank(pooled, scores, capacity, options.neighbors)
+    return Selection(keep_with_window(ranked, count, window, capacity), pooled)
 
 
 def keep_with_window(ranked: torch.Tensor, count: int, window: int, capacity: int) -> torch.Tensor:

@@ -11,7 +11,7 @@ from ..errors import ModelError
 from ..kv_cache.layers import StoppableCache
 from ..kv_cache.prefill import Start, pad_left
 from ..models.attention_capture import own_implementation
-from ..types import PromptTokens
+from ..prompt.encoder import PromptTokens
 
 
 def kept_places(tokens: PromptTokens, kept: Iterable[tuple[int, int, int]]) -> torch.Tensor:

@@ -23,7 +23,7 @@ from .drafters.tree import Drafter, UnionDrafter
 from .verify import Speculation, Tally
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class DraftPlan:
     """What drafting for one request starts from. All ids are the target's."""
 

@@ -10,7 +10,7 @@ import torch
 from ...config import Pool
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class LayerView:
     """One attention layer over left-padded prompts and, behind them, lookaheads.
 
