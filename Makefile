@@ -14,8 +14,9 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py
 
+# One process a core, each with one thread and its own models; idle ones take tests from busy ones.
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 # mypy and import-linter do not follow the editable install's finder: they read the package
 # through symlinks.

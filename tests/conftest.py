@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 
+os.environ["OMP_NUM_THREADS"] = "1"  # of scripts that tests start, too
+
 import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

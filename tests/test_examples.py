@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
-import subprocess
-import sys
-from pathlib import Path
+from collections.abc import Callable
 from runpy import run_path
 
 import pytest
@@ -15,6 +13,7 @@ from .adapters_fixtures import EXAMPLES, needs_pair, one_thread
 
 __all__ = ["one_thread"]  # used by every test
 ROOT = EXAMPLES.parent
+Benchmark = Callable[..., str]
 NAMES = sorted(path.name for path in EXAMPLES.glob("*.py") if path.name != "demo.py")
 
 
@@ -58,20 +57,22 @@ def test_the_chat_session_example_runs(capsys: pytest.CaptureFixture[str]) -> No
         assert kept < whole / 2
 
 
-def small(script: str, *options: str) -> str:
-    """What a benchmark prints when it has little to do."""
-    path = str(Path("examples") / "benchmarks" / script)
-    run = subprocess.run(
-        [sys.executable, path, *options],
-        capture_output=True, text=True, cwd=ROOT, timeout=300, check=False,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr
-    return run.stdout
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Benchmark:
+    """Runs a benchmark that has little to do, and returns what it prints."""
+
+    def run(name: str, *options: str) -> str:
+        folder = EXAMPLES / "benchmarks"
+        monkeypatch.syspath_prepend(folder)
+        assert not run_path(str(folder / f"{name}.py"))["main"](list(options))
+        return capsys.readouterr().out
+
+    return run
 
 
 @needs_pair
-def test_figures_of_safety_are_printed() -> None:
-    said = small("safety.py", "--requests", "4", "--passages", "8", "--word", "3000")
+def test_figures_of_safety_are_printed(small: Benchmark) -> None:
+    said = small("safety", "--requests", "4", "--passages", "8", "--word", "3000")
     assert "4 of 4 requests at once" in said
     assert "as before after 21; 0 KV caches" in said
     assert "a word of 3,000 characters" in said
@@ -80,8 +81,8 @@ def test_figures_of_safety_are_printed() -> None:
 
 
 @needs_pair
-def test_figures_of_the_event_loop_are_printed() -> None:
-    said = small("event_loop.py", "--repeats", "1", "--tokens", "300", "--new-tokens", "2")
+def test_figures_of_the_event_loop_are_printed(small: Benchmark) -> None:
+    said = small("event_loop", "--repeats", "1", "--tokens", "300", "--new-tokens", "2")
     rows = [line.split("|")[1:3] for line in said.splitlines() if line.startswith(("| L", "| n"))]
     assert len(rows) >= 18
     assert all(float(seconds) > 0 for _, seconds in rows)
@@ -99,14 +100,18 @@ def test_figures_of_the_event_loop_are_printed() -> None:
     ],
 )
 def test_a_benchmark_of_the_kv_cache_prints_its_rows(
-    name: str,
-    rows: list[str],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    small: Benchmark, name: str, rows: list[str]
 ) -> None:
-    folder = EXAMPLES / "benchmarks"
-    monkeypatch.syspath_prepend(folder)
-    assert run_path(str(folder / f"{name}.py"))["main"](["--quick"]) == 0
-    said = capsys.readouterr().out
+    said = small(name, "--quick")
     for row in rows:
         assert row in said
+
+
+@needs_pair
+@pytest.mark.parametrize("name", ["langchain_rag.py", "llama_index_rag.py"])
+def test_a_rag_example_answers(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    run_path(str(EXAMPLES / name), run_name="__main__")
+    answer, *kept = capsys.readouterr().out.splitlines()
+    assert answer == "AK-731"
+    assert "'Badge AK-731 was issued to Mira Tolen. " in kept[0]
+    assert len(kept) == 3

@@ -1,4 +1,4 @@
-"""Every Python block of the README and the guides, and every example, runs as it is written."""
+"""Every Python block of the README and the guides runs as written and prints what it promises."""
 
 from __future__ import annotations
 
@@ -9,52 +9,58 @@ from pathlib import Path
 
 import pytest
 
+from .snippets import blocks, run
+
 ROOT = Path(__file__).resolve().parents[1]
-
-
-def _blocks(path: Path) -> list[str]:
-    return re.findall(r"```python\n(.*?)```", path.read_text(), flags=re.DOTALL)
-
-
-BLOCKS = _blocks(ROOT / "README.md")
-GUIDES = sorted(path.name for path in (ROOT / "docs").glob("*.md") if _blocks(path))
-EXAMPLES = sorted(path.name for path in (ROOT / "examples").glob("*_rag.py"))
-
-
-def _run(arguments: list[str], folder: Path) -> str:
-    run = subprocess.run(
-        [sys.executable, "-W", "error", *arguments],
-        capture_output=True, text=True, cwd=folder, timeout=300, check=False,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr
-    return run.stdout
+BLOCKS = blocks(ROOT / "README.md")
+GUIDES = sorted(path.name for path in (ROOT / "docs").glob("*.md") if blocks(path))
 
 
 def test_there_is_something_to_run() -> None:
     assert len(BLOCKS) >= 3
-    assert len(EXAMPLES) >= 2
     assert "quickstart.md" in GUIDES
 
 
 @pytest.mark.parametrize("number", range(len(BLOCKS)))
 def test_readme_block(number: int, tmp_path: Path) -> None:
-    _run(["-c", BLOCKS[number]], tmp_path)
+    run(BLOCKS[number], tmp_path)
+
+
+def test_the_first_block_runs_in_a_process_of_its_own(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", BLOCKS[0]],
+        capture_output=True, text=True, cwd=tmp_path, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("AK-731\n")
 
 
 @pytest.mark.parametrize("name", GUIDES)
 def test_guide(name: str, tmp_path: Path) -> None:
-    assert _run(["-c", "\n".join(_blocks(ROOT / "docs" / name))], tmp_path).strip()
+    """The blocks of a page go on from one another."""
+    run("\n".join(blocks(ROOT / "docs" / name)), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("code", "promise"),
+    [
+        ("print(1 + 1)  # -> 3", "3"),
+        ("for n in range(2):\n    print(n)  # -> 0", "0"),
+        ("if False:\n    print('never')  # -> never", "never"),
+        ("print(\n    'a',\n    'b',\n)  # -> a c...", "a c..."),
+    ],
+)
+def test_a_broken_promise_is_an_error(code: str, promise: str, tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match=re.escape(f"promises {promise!r}")):
+        run(code, tmp_path)
+    kept = code.replace("3", "2").replace("range(2)", "range(1)").replace("False", "True")
+    run(kept.replace("a c", "a b"), tmp_path)
 
 
 def test_the_tests_named_by_the_comparison_exist() -> None:
-    table = (ROOT / "docs" / "comparison.md").read_text()
+    table = (ROOT / "docs" / "comparison.md").read_text(encoding="utf-8")
     named = re.findall(r"`(test_\w+\.py)(?:::(test_\w+))?`", table)
     assert len(named) >= 15
     for file, test in named:
-        source = (ROOT / "tests" / file).read_text()
-        assert f"def {test}(" in source or not test, f"{file} has no {test}"
-
-
-@pytest.mark.parametrize("name", EXAMPLES)
-def test_example(name: str) -> None:
-    assert _run([f"examples/{name}"], ROOT).strip()
+        source = (ROOT / "tests" / file).read_text(encoding="utf-8")
+        assert not test or f"def {test}(" in source, f"{file} has no {test}"
