@@ -112,7 +112,6 @@ def test_agreement_is_that_of_plain_attention() -> None:
 
 
 def test_the_report_is_written_and_drawn(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     found = measure_agreement(bench(), [item()], (0.1, 0.5))
     assert table(found).count("\n") == 2 + len(found)
     paths = write_agreement(found, tmp_path)

@@ -21,17 +21,12 @@ from draftsieve.integrations.cli import entry as cli
 from examples import demo
 
 ROOT = Path(__file__).parents[1]
-BUILTIN = ROOT / "core" / "builtin"
 FERRY = (
     "The ferry to Holm leaves at seven in the morning. It takes forty minutes and carries cars.\n\n"
     "Tickets are sold at the harbour office. Children under six travel free of charge.\n"
 )
 BAKERY = "# Bakery\n\nThe bakery opens at six. Its owner is Tilda Brekk, who came from Holm.\n"
 QUESTION = "When does the ferry to Holm leave?"
-needs_pair = pytest.mark.skipif(
-    not all((BUILTIN / name / "config.json").is_file() for name in ("target", "draft")),
-    reason="the bundled pair is not here",
-)
 
 
 @pytest.fixture(scope="module")
@@ -363,7 +358,6 @@ def test_an_interrupt_is_status_130(
 # ---------------------------------------------------------------- the bundled pair
 
 
-@needs_pair
 def test_the_bundled_pair_answers_from_a_folder(
     docs: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -373,7 +367,6 @@ def test_the_bundled_pair_answers_from_a_folder(
     assert result["compression"]["compressed"]
 
 
-@needs_pair
 def test_the_demo_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page = tmp_path / "out" / "kept.html"
     options = ["--questions", "1", "--article-questions", "2", "--html", str(page), "--quiet"]

@@ -24,14 +24,12 @@ from draftsieve.core.types import Answer
 from .adapters_fixtures import (
     QUESTION,
     TEXTS,
-    one_thread,
     tiny_engine,
     tiny_model,
     tiny_tokenizer,
 )
 from .tokenizer_styles import STYLES
 
-__all__ = ["one_thread"]  # used by every test
 END = 1  # <|im_end|>
 SCHEMA = {
     "type": "object",

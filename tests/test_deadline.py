@@ -22,9 +22,8 @@ from draftsieve.core.conversation.turns import Turn
 from draftsieve.core.errors import RequestTimeoutError
 from draftsieve.core.runtime.worker import Worker
 
-from .adapters_fixtures import QUESTION, TEXTS, one_thread, tiny_compressor, tiny_engine
+from .adapters_fixtures import QUESTION, TEXTS, tiny_compressor, tiny_engine
 
-__all__ = ["one_thread"]  # used by every test
 LONG = Generation(max_new_tokens=200)
 
 

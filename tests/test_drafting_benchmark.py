@@ -15,7 +15,7 @@ from draftsieve.core.generation.speculative.drafters.lookup import LookupDrafter
 from draftsieve.core.generation.speculative.drafters.store import TrigramStore
 from draftsieve.core.generation.speculative.select import Drafters
 
-from .adapters_fixtures import EXAMPLES, needs_pair, tiny_model, tiny_tokenizer
+from .adapters_fixtures import EXAMPLES, tiny_model, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +97,6 @@ def test_rounds_are_kept_and_found_again(scripts: Any, tmp_path: Path) -> None:
     assert scripts.main._kept(file, "replay", 2, ["plain"]) == []
 
 
-@needs_pair
 def test_the_learning_curve_rises(scripts: Any, tmp_path: Path, capsys: Any) -> None:
     plot = tmp_path / "learning.png"
     assert scripts.learning.main(["--requests", "12", "--plot", str(plot)]) == 0

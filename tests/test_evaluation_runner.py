@@ -238,7 +238,6 @@ def test_bm25_ranks_as_the_retriever_does() -> None:
 
 @pytest.mark.parametrize("score", [scorers.tfidf, scorers.lsa])
 def test_vectors_find_the_sentence(score: Any) -> None:
-    pytest.importorskip("sklearn")
     found = score(QUESTION, TEXTS)
     assert found.index(max(found)) == 0
     assert found == score(QUESTION, TEXTS)
@@ -524,7 +523,6 @@ def test_depths_are_counted_in_bins() -> None:
 
 
 def test_lines_of_one_colour_differ_in_their_markers() -> None:
-    pytest.importorskip("matplotlib")
     _, axes = plots.empty_axes()
     for number in range(24):
         plots.draw(axes, [(0.5, 0.5, 0.4, 0.6)], str(number))
@@ -535,7 +533,6 @@ def test_lines_of_one_colour_differ_in_their_markers() -> None:
 def test_plots_are_written_or_left_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    pytest.importorskip("matplotlib")
     records = [record(n, "none", True) for n in range(10)]
     for budget in (0.25, 0.125):
         records += [record(n, "snapkv", n % 3 == 0, budget=budget) for n in range(10)]

@@ -9,9 +9,8 @@ from runpy import run_path
 
 import pytest
 
-from .adapters_fixtures import EXAMPLES, needs_pair, one_thread
+from .adapters_fixtures import EXAMPLES
 
-__all__ = ["one_thread"]  # used by every test
 ROOT = EXAMPLES.parent
 Benchmark = Callable[..., str]
 NAMES = sorted(path.name for path in EXAMPLES.glob("*.py") if path.name != "demo.py")
@@ -33,7 +32,6 @@ def test_an_example_is_run_by_a_test(name: str) -> None:
     assert f'"{name}"' in tests
 
 
-@needs_pair
 def test_the_retriever_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
     found = run_path(str(EXAMPLES / "langchain_retriever.py"))
     said = capsys.readouterr().out
@@ -45,7 +43,6 @@ def test_the_retriever_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
     assert "Haizek Pimemont" in said
 
 
-@needs_pair
 def test_the_chat_session_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
     found = run_path(str(EXAMPLES / "chat_session.py"))
     found["chat"](found["QUESTIONS"])
@@ -70,7 +67,6 @@ def small(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -
     return run
 
 
-@needs_pair
 def test_figures_of_safety_are_printed(small: Benchmark) -> None:
     said = small("safety", "--requests", "4", "--passages", "8", "--word", "3000")
     assert "4 of 4 requests at once" in said
@@ -80,7 +76,6 @@ def test_figures_of_safety_are_printed(small: Benchmark) -> None:
     assert "8 hostile passages: 0 control tokens, 0 crashes, 0 passages" in said
 
 
-@needs_pair
 def test_figures_of_the_event_loop_are_printed(small: Benchmark) -> None:
     said = small("event_loop", "--repeats", "1", "--tokens", "300", "--new-tokens", "2")
     rows = [line.split("|")[1:3] for line in said.splitlines() if line.startswith(("| L", "| n"))]
@@ -88,7 +83,6 @@ def test_figures_of_the_event_loop_are_printed(small: Benchmark) -> None:
     assert all(float(seconds) > 0 for _, seconds in rows)
 
 
-@needs_pair
 @pytest.mark.parametrize(
     ("name", "rows"),
     [
@@ -107,7 +101,6 @@ def test_a_benchmark_of_the_kv_cache_prints_its_rows(
         assert row in said
 
 
-@needs_pair
 @pytest.mark.parametrize("name", ["langchain_rag.py", "llama_index_rag.py"])
 def test_a_rag_example_answers(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     run_path(str(EXAMPLES / name), run_name="__main__")

@@ -155,7 +155,6 @@ class OneHead:
 
 
 def test_the_head_that_finds_evidence_is_learned(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("sklearn")
     compressor = tiny_compressor()
     items = make_items(("one-key", "unanswerable"), 350, 24, compressor.count_tokens, seed=7)
     where = "draftsieve.core.evaluation.calibration.read_heads"
@@ -192,7 +191,6 @@ def test_calibration_says_what_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None
 def test_the_command_saves_beside_the_draft(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pytest.importorskip("sklearn")
     draft = tmp_path / "draft"
     tiny_model(32, seed=1).save_pretrained(draft)
     tiny_tokenizer().save_pretrained(draft)

@@ -16,13 +16,10 @@ from draftsieve.core.errors import PromptError, RequestTimeoutError
 
 from .adapters_fixtures import (
     QUESTION,
-    one_thread,
     tiny_model,
     tiny_tokenizer,
 )
 from .langchain_fixtures import METHOD, chat, document_messages, llm, text_of
-
-__all__ = ["one_thread"]  # used by every test
 
 
 class Batches(Engine):

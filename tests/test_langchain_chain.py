@@ -20,13 +20,9 @@ from draftsieve.integrations.langchain import DraftCompressor
 from .adapters_fixtures import (
     EXAMPLES,
     QUESTION,
-    needs_pair,
-    one_thread,
     tiny_compressor,
 )
 from .langchain_fixtures import METHOD, chat, documents
-
-__all__ = ["one_thread"]  # used by every test
 
 
 class Fixed(BaseRetriever):
@@ -60,7 +56,6 @@ def test_compressor_and_chat_model_make_a_chain() -> None:
     assert chain.invoke(QUESTION).content
 
 
-@needs_pair
 def test_the_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
     run_path(str(EXAMPLES / "langchain_rag.py"))
     answer, first, *others = capsys.readouterr().out.splitlines()

@@ -25,14 +25,11 @@ from .adapters_fixtures import (
     QUESTION,
     TEXTS,
     counted,
-    one_thread,
     tiny_engine,
     tiny_model,
     tiny_tokenizer,
 )
 from .langchain_fixtures import METHOD, add, chat, document_messages
-
-__all__ = ["one_thread"]  # used by every test
 
 
 def test_a_chat_answer_is_the_engines_answer() -> None:

@@ -29,14 +29,11 @@ from .adapters_fixtures import (
     QUESTION,
     TEXTS,
     counted,
-    one_thread,
     tiny_compressor,
     tiny_model,
     tiny_tokenizer,
 )
 from .langchain_fixtures import METHOD, TINY, documents, pair_folder
-
-__all__ = ["one_thread"]  # used by every test
 
 
 def test_documents_are_shortened_copies_with_provenance() -> None:

@@ -16,11 +16,6 @@ from langchain_tests.unit_tests import ChatModelUnitTests
 from draftsieve.core.engine import Engine
 from draftsieve.integrations.langchain import ChatDraftSieve
 
-from .adapters_fixtures import needs_pair, one_thread
-
-__all__ = ["one_thread"]  # used by every test
-pytestmark = needs_pair
-
 
 @cache
 def engine() -> Engine:

@@ -5,12 +5,9 @@ from __future__ import annotations
 from .adapters_fixtures import (
     QUESTION,
     counted,
-    one_thread,
     tiny_engine,
 )
 from .langchain_fixtures import METHOD, chat, documents, llm
-
-__all__ = ["one_thread"]  # used by every test
 
 
 def test_many_prompts_are_one_batch() -> None:

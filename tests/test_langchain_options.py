@@ -26,7 +26,6 @@ from .adapters_fixtures import (
     QUESTION,
     TEXTS,
     counted,
-    one_thread,
     tiny_engine,
     tiny_model,
     tiny_tokenizer,
@@ -41,8 +40,6 @@ from .langchain_fixtures import (
     pair_folder,
     text_of,
 )
-
-__all__ = ["one_thread"]  # used by every test
 
 
 def test_stop_strings_end_an_answer_before_them() -> None:

@@ -28,12 +28,9 @@ from draftsieve.integrations.langchain import tools as langchain_tools
 from .adapters_fixtures import (
     QUESTION,
     counted,
-    one_thread,
     tiny_engine,
 )
 from .langchain_fixtures import add, chat, llm, text_of
-
-__all__ = ["one_thread"]  # used by every test
 
 
 class Trip(BaseModel):

@@ -47,14 +47,11 @@ from .adapters_fixtures import (
     QUESTION,
     TEXTS,
     counted,
-    needs_pair,
-    one_thread,
     tiny_compressor,
     tiny_model,
     tiny_tokenizer,
 )
 
-__all__ = ["one_thread"]  # used by every test
 METHOD = SpecPC(ratio=0.4, unit="word")
 QUERY = QueryBundle(QUESTION)
 
@@ -326,7 +323,6 @@ def test_a_stored_component_loads_its_draft(tmp_path: Path) -> None:
     )
 
 
-@needs_pair
 def test_the_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
     run_path(str(EXAMPLES / "llama_index_rag.py"))
     answer, first, *others = capsys.readouterr().out.splitlines()

@@ -39,10 +39,8 @@ from draftsieve.integrations.llama_index import (
     DraftSievePostprocessor,
 )
 
-from .adapters_fixtures import EXAMPLES, needs_pair, one_thread
+from .adapters_fixtures import EXAMPLES
 
-__all__ = ["one_thread"]  # used by every test
-pytestmark = needs_pair
 TEXTS = [
     "Badge AK-731 was issued to Mira Tolen. She plays chess on Sundays. Her room is 214.",
     "Calls for Jonas Perrick go to 555-0173. The pass made out to him is marked D-4410.",

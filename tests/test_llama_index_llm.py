@@ -53,13 +53,11 @@ from .adapters_fixtures import (
     TEMPLATE,
     TEXTS,
     counted,
-    one_thread,
     tiny_engine,
     tiny_model,
     tiny_tokenizer,
 )
 
-__all__ = ["one_thread"]  # used by every test
 METHOD = SpecPC(ratio=0.4, unit="word")
 TINY = SpecPC(capacity=1)  # cannot hold the question
 ASKED = [ChatMessage(QUESTION)]

@@ -25,13 +25,11 @@ from .adapters_fixtures import (
     QUESTION,
     TEXTS,
     counted,
-    one_thread,
     tiny_compressor,
     tiny_model,
     tiny_tokenizer,
 )
 
-__all__ = ["one_thread"]  # used by every test
 METHOD = SpecPC(unit="word")
 
 

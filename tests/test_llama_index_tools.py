@@ -17,11 +17,9 @@ from draftsieve.core.errors import GrammarError, ModelError
 from draftsieve.core.grammar import Grammar
 from draftsieve.integrations.llama_index import DraftSieveLLM
 
-from .adapters_fixtures import counted, needs_pair, one_thread
+from .adapters_fixtures import counted
 
-__all__ = ["one_thread"]  # used by every test
 pytestmark = [
-    needs_pair,
     # LlamaIndex's agents use deprecated parts of pydantic and of their own workflows
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
 ]

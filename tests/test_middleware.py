@@ -38,12 +38,9 @@ from .adapters_fixtures import (
     QUESTION,
     TEXTS,
     counted,
-    needs_pair,
-    one_thread,
     tiny_compressor,
 )
 
-__all__ = ["one_thread"]  # used by every test
 CAPACITY = 1200
 METHOD = SpecPC(capacity=CAPACITY, unit="sentence")
 LONG = " ".join(TEXTS * 4)  # about 250 tokens
@@ -453,7 +450,6 @@ def test_only_the_middleware_needs_langchain(monkeypatch: pytest.MonkeyPatch) ->
         _ = package.Nothing
 
 
-@needs_pair
 def test_the_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
     run_path(str(EXAMPLES / "langchain_agent.py"), run_name="__main__")
     out = capsys.readouterr().out

@@ -17,7 +17,7 @@ from draftsieve.core.compressor import Compressor
 from draftsieve.core.errors import DraftSieveError, OutOfMemoryError
 from draftsieve.core.models.loading import explain_out_of_memory, load_model
 
-from .adapters_fixtures import QUESTION, TEXTS, needs_pair, tiny_model, tiny_tokenizer
+from .adapters_fixtures import QUESTION, TEXTS, tiny_model, tiny_tokenizer
 
 SHORT = Generation(max_new_tokens=8)
 SPECKV = SpecKV(ratio=0.5)
@@ -182,7 +182,6 @@ def test_a_trace_that_runs_out_says_so() -> None:
         engine.trace(ids, SpecKV(capacity=40))
 
 
-@needs_pair
 def test_a_model_that_does_not_fit_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.nn.Module, "to", lambda *_a, **_k: _more_than_there_is())
     monkeypatch.setattr(torch.Tensor, "to", lambda *_a, **_k: _more_than_there_is())

@@ -17,9 +17,6 @@ from draftsieve.core.config import Method
 from draftsieve.core.errors import ModelError
 from draftsieve.core.models.loading import fingerprint, load_model, resolve
 
-from .adapters_fixtures import needs_pair
-
-pytestmark = needs_pair
 QUESTION = "Which badge was issued to Mira Tolen?"
 TEXTS = [
     "Badge AK-731 was issued to Mira Tolen. She plays chess on Sundays. Her room is 214.",

@@ -18,11 +18,9 @@ from draftsieve.core.config import Generation, SpecPC
 from draftsieve.core.engine import Engine
 from draftsieve.core.prompt.messages import DEFAULT_SYSTEM
 
-from .adapters_fixtures import EXAMPLES, needs_pair, one_thread
+from .adapters_fixtures import EXAMPLES
 from .openai_server import OpenAIServer, openai_server
 
-__all__ = ["one_thread"]  # used by every test
-pytestmark = needs_pair
 QUESTION = "Which badge was issued to Mira Tolen?"
 TEXTS = [
     "Badge AK-731 was issued to Mira Tolen. She plays chess on Sundays. Her room is 214.",

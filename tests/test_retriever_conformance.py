@@ -12,9 +12,8 @@ from draftsieve.core.config import SpecPC
 from draftsieve.retrievers import Bm25Index
 from draftsieve.retrievers.langchain import Bm25Retriever, LookaheadRetriever, SievedRetriever
 
-from .adapters_fixtures import QUESTION, TEXTS, one_thread, tiny_compressor
+from .adapters_fixtures import QUESTION, TEXTS, tiny_compressor
 
-__all__ = ["one_thread"]  # used by every test
 SENTENCES = [f"{sentence.strip('.')}." for text in TEXTS for sentence in text.split(". ")]
 
 

@@ -23,7 +23,6 @@ from . import families
 from .adapters_fixtures import (
     QUESTION,
     TEXTS,
-    needs_pair,
     tiny_engine,
     tiny_model,
     tiny_tokenizer,
@@ -183,7 +182,6 @@ def test_int8_rounds_by_half_a_step_at_most() -> None:
         assert bool(((found.float() - exact.float()).abs() <= largest * (1 / 254 + own)).all())
 
 
-@needs_pair
 def test_int8_hardly_moves_the_bundled_targets_logits() -> None:
     engine = Engine.load("builtin:target", device="cpu", progress=False)
     logits = []

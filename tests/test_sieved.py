@@ -26,9 +26,8 @@ from draftsieve.retrievers import langchain as lc
 from draftsieve.retrievers import llama_index as li
 from draftsieve.retrievers.sieved import fused
 
-from .adapters_fixtures import QUESTION, TEXTS, needs_pair, one_thread, tiny_compressor
+from .adapters_fixtures import QUESTION, TEXTS, tiny_compressor
 
-__all__ = ["one_thread"]  # used by every test
 METHOD = SpecPC(ratio=0.3, unit="sentence")
 PASSAGES = [f"Notice {n}. {TEXTS[n % 3]}" for n in range(9)]
 IDS = [f"p{n}" for n in range(9)]
@@ -249,7 +248,6 @@ def test_wrong_options_are_refused() -> None:
         li.SievedRetriever(NodesInOrder([]), compressor=tiny_compressor(), n=0)
 
 
-@needs_pair
 def test_the_bundled_draft_finds_the_passage_that_answers() -> None:
     texts = [
         "Badge AK-731 was issued to Mira Tolen. She plays chess on Sundays.",
