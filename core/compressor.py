@@ -63,6 +63,7 @@ class Compressor:
         cls,
         model: str | Path,
         *,
+        gguf_file: str | None = None,
         quantization: Quantization | None = None,
         device: str = "auto",
         dtype: str | torch.dtype = "auto",
@@ -70,7 +71,7 @@ class Compressor:
         trust_remote_code: bool = False,
         progress: bool = True,
     ) -> Compressor:
-        """Load the draft: "builtin:draft", a folder or a hub id (see `load_model`).
+        """Load the draft: "builtin:draft", a folder, a GGUF file or a hub id (see `load_model`).
 
         `progress=False` turns all bars off, while loading and later.
 
@@ -79,6 +80,7 @@ class Compressor:
         """
         loaded = load_model(
             model,
+            gguf_file=gguf_file,
             quantization=quantization,
             device=device,
             dtype=dtype,

@@ -80,6 +80,8 @@ class Engine:
         target: str | Path,
         draft: str | Path | None = None,
         *,
+        gguf_file: str | None = None,
+        draft_gguf_file: str | None = None,
         quantization: Quantization | None = None,
         draft_quantization: Quantization | None = None,
         device: str = "auto",
@@ -90,11 +92,13 @@ class Engine:
         progress: bool = True,
         draft_store: TrigramStore | None = None,
     ) -> Engine:
-        """Load a pair: "builtin:target" with "builtin:draft", folders, or hub ids.
+        """Load a pair: "builtin:target" with "builtin:draft", folders, GGUF files, or hub ids.
 
         Args:
             target: The model that answers.
             draft: The model that reads first; None for an engine without compression.
+            gguf_file: Name of the target's GGUF file in its folder or hub repository.
+            draft_gguf_file: The same for the draft.
             quantization: Of the target's weights.
             draft_quantization: Of the draft's weights.
             device: Of the target, see `load_model`.
@@ -113,11 +117,19 @@ class Engine:
             "trust_remote_code": trust_remote_code,
             "progress": progress,
         }
-        big = load_model(target, quantization=quantization, device=device, **options)
+        big = load_model(
+            target, gguf_file=gguf_file, quantization=quantization, device=device, **options
+        )
         small = None
         if draft is not None:
             place = draft_device or device
-            small = load_model(draft, quantization=draft_quantization, device=place, **options)
+            small = load_model(
+                draft,
+                gguf_file=draft_gguf_file,
+                quantization=draft_quantization,
+                device=place,
+                **options,
+            )
         return cls(
             big.model,
             big.tokenizer,

@@ -1,4 +1,4 @@
-"""Loading models: a hub id, a local folder, or the bundled "builtin:target" / "builtin:draft"."""
+"""Loading models: a hub id, a folder, a GGUF file, or "builtin:target" / "builtin:draft"."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from ..config import Quantization
-from ..errors import ModelError, ModelNotFoundError, OutOfMemoryError
+from ..errors import DraftSieveError, ModelError, ModelNotFoundError, OutOfMemoryError
+from .gguf import SUFFIX, find_gguf, gguf_tokenizer, load_gguf, read_gguf
 
 logger = logging.getLogger(__name__)
 BUILTIN = "builtin:"
@@ -45,16 +46,19 @@ class LoadedModel:
 def load_model(
     name: str | Path,
     *,
+    gguf_file: str | None = None,
     quantization: Quantization | None = None,
     device: str = "auto",
     dtype: str | torch.dtype = "auto",
     trust_remote_code: bool = False,
     progress: bool = True,
 ) -> LoadedModel:
-    """Load a causal language model and its tokenizer; only safetensors weights are read.
+    """Load a causal language model and its tokenizer; only safetensors and GGUF are read.
 
     Args:
-        name: "builtin:target", "builtin:draft", a folder, or a Hugging Face hub id.
+        name: "builtin:target", "builtin:draft", a folder, a Hugging Face hub id, or a GGUF file
+            (on disk, or in a hub repository as "owner/repository/file.gguf").
+        gguf_file: Name of the GGUF file to take from the folder or the hub repository.
         quantization: bitsandbytes weights, on CPU or CUDA; None for none.
         device: "auto" (CUDA where present, else CPU), "cpu", "cuda", "cuda:1", ...
         dtype: "auto" is the checkpoint's own type on CUDA and float32 on CPU.
@@ -78,17 +82,24 @@ def load_model(
         options["quantization_config"] = _bitsandbytes(quantization, options["dtype"])
     work = f"loading {str(name)!r}"
     with explain_out_of_memory(work), _loading_errors(str(name)), _progress_bars(progress):
-        AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-        model = AutoModelForCausalLM.from_pretrained(source, **options).eval()
+        if (file := find_gguf(source, gguf_file)) is not None:
+            model, tokenizer = load_gguf(file, progress=progress, **options)
+        else:
+            AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+            model = AutoModelForCausalLM.from_pretrained(source, **options)
     accept(model)
     logger.info("Loaded %s on %s, %.0f MB", name, place, model.get_memory_footprint() / 1e6)
     return LoadedModel(model, tokenizer, str(name))
 
 
-def load_tokenizer(name: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    name: str | Path, *, gguf_file: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
     """The tokenizer alone; arguments and errors as for `load_model`."""
     with _loading_errors(str(name)):
+        if (file := find_gguf(resolve(name), gguf_file)) is not None:
+            return gguf_tokenizer(read_gguf(file))
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             resolve(name), trust_remote_code=trust_remote_code
         )
@@ -96,7 +107,7 @@ def load_tokenizer(name: str | Path, *, trust_remote_code: bool = False) -> PreT
 
 
 def resolve(name: str | Path) -> str:
-    """The folder of a bundled model, or the name as it is.
+    """The folder of a bundled model, a folder or GGUF file on disk, or the name as it is.
 
     Raises:
         ModelNotFoundError: "builtin:..." names no bundled model, or a path is not there.
@@ -113,9 +124,13 @@ def resolve(name: str | Path) -> str:
         return str(folder)
     looks_local = isinstance(name, Path) or text.startswith((".", "/", "~"))
     path = Path(text).expanduser()
-    if looks_local and not path.is_dir():
-        raise ModelNotFoundError(f"The model folder {text!r} does not exist.")
-    return str(path) if path.is_dir() else text
+    if path.is_dir() or (path.is_file() and path.suffix == SUFFIX):
+        return str(path)
+    if looks_local or (text.endswith(SUFFIX) and text.count("/") != 2):
+        raise ModelNotFoundError(
+            f"The model {text!r} does not exist: give a folder or a GGUF file."
+        )
+    return text
 
 
 def pick_device(device: str) -> str:
@@ -302,6 +317,8 @@ def _refuse_repacked(module: torch.nn.Module, *_: Any) -> None:
 def _loading_errors(name: str) -> Iterator[None]:
     try:
         yield
+    except DraftSieveError:
+        raise
     except (OSError, ValueError, ImportError, RuntimeError, MemoryError) as error:
         if _is_out_of_memory(error):
             raise
@@ -309,8 +326,8 @@ def _loading_errors(name: str) -> Iterator[None]:
         if isinstance(error, OSError):
             raise ModelNotFoundError(
                 f"Cannot find the model {name!r}: give a folder with config.json and safetensors, "
-                "a hub id that this machine can reach, or builtin:target / builtin:draft. "
-                f"({first})"
+                "a GGUF file, a hub id that this machine can reach, or builtin:target / "
+                f"builtin:draft. ({first})"
             ) from error
         raise ModelError(f"Cannot load the model {name!r}: {first}") from error
 

@@ -1,0 +1,284 @@
+"""GGUF files: the model and the tokenizer in one, every weight dequantised.
+
+transformers reads them with the `gguf` package. What it leaves out is put right here from the
+file's own words: the tokens that end a turn, control tokens spelled outside the byte alphabet, and
+how some vocabularies split digits.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import struct
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from tokenizers import Tokenizer, pre_tokenizers
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+from transformers.utils.hub import cached_file
+
+from ..errors import MissingExtraError, ModelError, ModelNotFoundError
+
+logger = logging.getLogger(__name__)
+
+SUFFIX = ".gguf"
+_CONTROL = 3  # token type: never to be spelled by text
+# What ends a turn, whether or not the file names it as its end token (as llama.cpp takes them).
+_TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>", "<|endoftext|>")
+# Vocabularies whose digits are tokens of their own (llama.cpp's names of pre-tokenizers).
+_SINGLE_DIGITS = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b")
+
+
+@dataclass(frozen=True, slots=True)
+class GgufFile:
+    """What a GGUF file says of itself."""
+
+    path: Path
+    architecture: str
+    tokens: int  # size of its vocabulary
+    control: Mapping[int, str]  # its control tokens
+    ends: tuple[int, ...]  # tokens that end a generation
+    pre_tokenizer: str | None  # llama.cpp's name of how text is split
+
+
+def find_gguf(name: str, gguf_file: str | None = None, revision: str | None = None) -> Path | None:
+    """The GGUF file that a name stands for; None for a model in another form.
+
+    Args:
+        name: A .gguf file, a folder that holds one and no config.json, a hub repository, or a
+            file in one ("owner/repository/file.gguf").
+        gguf_file: Its name in the folder or the repository.
+        revision: Of the hub repository.
+
+    Raises:
+        ModelNotFoundError: There is no such file, or the folder holds several.
+        OSError: The hub does not have it or cannot be reached.
+    """
+    path = Path(name)
+    if path.is_file():
+        return path
+    if path.is_dir():
+        return _in_folder(path, gguf_file)
+    if gguf_file is None:
+        *repository, file = name.split("/")
+        if len(repository) != 2 or not file.endswith(SUFFIX):
+            return None
+        name, gguf_file = "/".join(repository), file
+    found = cached_file(name, gguf_file, revision=revision)
+    return None if found is None else Path(found)
+
+
+def _in_folder(folder: Path, gguf_file: str | None) -> Path | None:
+    names = sorted(path.name for path in folder.glob(f"*{SUFFIX}"))
+    if gguf_file is not None:
+        if (folder / gguf_file).is_file():
+            return folder / gguf_file
+        raise ModelNotFoundError(
+            f"There is no {gguf_file!r} in {str(folder)!r}; there are: {names}."
+        )
+    if not names or (folder / "config.json").is_file():
+        return None
+    if len(names) > 1:
+        raise ModelNotFoundError(
+            f"The folder {str(folder)!r} holds {len(names)} GGUF files: {names}. Name one, as in "
+            f"{str(folder / names[0])!r} or gguf_file={names[0]!r}."
+        )
+    return folder / names[0]
+
+
+def load_gguf(
+    path: Path, *, progress: bool = True, **options: Any
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load the model and the tokenizer of a GGUF file.
+
+    Args:
+        path: The file.
+        progress: Show the bar of the weights that are unpacked.
+        options: As for `from_pretrained`; dtype "auto" is bfloat16. With a `quantization_config`
+            the unpacked weights are quantised anew, in memory.
+
+    Raises:
+        MissingExtraError: The `gguf` package is not installed.
+        ModelError: The file is damaged, one part of several, or of a kind that is not read.
+    """
+    file = read_gguf(path)
+    if options["dtype"] == "auto":
+        options["dtype"] = torch.bfloat16
+    quantization = options.pop("quantization_config", None)
+    plain = getattr(transformers, "GgufConfig", None)  # newer ones may leave weights packed
+    unpack = {} if plain is None else {"quantization_config": plain(dequantize=True)}
+    read = {"gguf_file": path.name, **unpack, **options}
+    if quantization is not None:
+        read["device_map"] = {"": "cpu"}
+    with _bar(progress):
+        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+        model = AutoModelForCausalLM.from_pretrained(path.parent, config=config, **read)
+    generation = model.generation_config
+    if quantization is not None:
+        again = {**options, "state_dict": model.state_dict(), "quantization_config": quantization}
+        model = type(model).from_pretrained(None, config=model.config, **again)
+    model.config.name_or_path = str(path)
+    if generation is not None and file.ends:
+        generation.eos_token_id = list(file.ends)
+        model.generation_config = generation
+    return model, gguf_tokenizer(file)
+
+
+def gguf_tokenizer(file: GgufFile) -> PreTrainedTokenizerFast:
+    """The tokenizer of a GGUF file, with its chat template."""
+    tokenizer = PreTrainedTokenizerFast(
+        gguf_file=file.path.name, name_or_path=str(file.path.parent)
+    )
+    if file.pre_tokenizer in _SINGLE_DIGITS:
+        steps = pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(list(steps))
+    return _with_control_tokens(tokenizer, file)
+
+
+def _with_control_tokens(
+    tokenizer: PreTrainedTokenizerFast, file: GgufFile
+) -> PreTrainedTokenizerFast:
+    """Control tokens as the file numbers them: none spelled byte by byte, none made up."""
+    spec: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
+    known = {token["id"] for token in spec["added_tokens"]}
+    missing = {i: text for i, text in file.control.items() if i not in known}
+    if not missing and max(known, default=0) < file.tokens:
+        return tokenizer
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    added = [{"id": i, "content": text, "special": True, **flags} for i, text in missing.items()]
+    vocabulary: dict[str, int] = spec["model"]["vocab"]
+    kept = {text: i for text, i in vocabulary.items() if i not in missing}
+    spec["model"]["vocab"] = kept | {text: i for i, text in missing.items()}
+    genuine = [token for token in spec["added_tokens"] if token["id"] < file.tokens]
+    spec["added_tokens"] = sorted([*genuine, *added], key=lambda token: token["id"])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(spec)),
+        chat_template=tokenizer.chat_template,
+        name_or_path=tokenizer.name_or_path,
+        **tokenizer.special_tokens_map,
+    )
+
+
+def read_gguf(path: Path) -> GgufFile:
+    """Read what a GGUF file says of itself, and check that it can be loaded.
+
+    Raises:
+        MissingExtraError: The `gguf` package is not installed.
+        ModelError: The file is damaged, one part of several, or of a kind that is not read.
+    """
+    if find_spec("gguf") is None:
+        raise MissingExtraError(
+            f"{path.name} is a GGUF file, which needs the gguf package, which is not installed: "
+            'pip install "draftsieve[gguf]"'
+        )
+    from gguf import GGMLQuantizationType, GGUFReader
+
+    try:
+        reader = GGUFReader(path)
+        fields = {key: field.contents() for key, field in reader.fields.items() if _wanted(key)}
+        architecture = str(fields["general.architecture"])
+    except (ValueError, LookupError, TypeError, OverflowError, struct.error) as error:
+        if GGMLQuantizationType.__name__ in str(error):
+            number = "".join(filter(str.isdigit, str(error).split(" is ")[0].split("(")[-1]))
+            raise ModelError(_unread_type(path, number)) from error
+        raise ModelError(
+            f"{str(path)!r} is damaged or no GGUF file: download it again. ({error!r})"
+        ) from error
+    parts = fields.get("split.count", 1)
+    if parts > 1:
+        raise ModelError(
+            f"{str(path)!r} is one of {parts} parts of a model: join them with llama.cpp's "
+            "`llama-gguf-split --merge`, then load the whole file."
+        )
+    _check_architecture(path, architecture)
+    for kind in {tensor.tensor_type for tensor in reader.tensors}:
+        if not _unpacks(kind):
+            raise ModelError(_unread_type(path, kind.name))
+    tokens = fields.get("tokenizer.ggml.tokens", [])
+    kinds = fields.get("tokenizer.ggml.token_type", [])
+    control = {i: tokens[i] for i, kind in enumerate(kinds) if kind == _CONTROL}
+    named = (fields.get(f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "eot", "eom"))
+    ends = dict.fromkeys(i for i in named if i is not None)
+    # Where "<|return|>" ends an answer, "<|end|>" only ends one of its parts.
+    inner = {"<|end|>"} if "<|return|>" in control.values() else set()
+    ends |= {i: None for i, text in control.items() if text in _TURN_ENDS and text not in inner}
+    return GgufFile(
+        path,
+        architecture,
+        len(tokens),
+        control,
+        tuple(ends),
+        fields.get("tokenizer.ggml.pre"),
+    )
+
+
+def _wanted(key: str) -> bool:
+    return key.startswith(("general.", "split.", "tokenizer.ggml.")) and not key.endswith(
+        ("merges", "scores")
+    )
+
+
+def _check_architecture(path: Path, architecture: str) -> None:
+    """transformers' names differ from the file's in their hyphens and underscores."""
+    from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
+
+    known = set(GGUF_SUPPORTED_ARCHITECTURES) - {"general", "tokenizer"}
+    if find_spec("transformers.integrations.gguf") is not None:
+        from transformers.integrations.gguf.gguf_conversion_mapping import GGUF_ARCHS
+
+        known |= set(GGUF_ARCHS)
+    plain = {name.replace("-", "").replace("_", "") for name in known}
+    if architecture.replace("-", "").replace("_", "") not in plain:
+        raise ModelError(
+            f"{str(path)!r} holds a model of architecture {architecture!r}, which transformers "
+            f"{transformers.__version__} does not read from GGUF files; it reads: {sorted(known)}. "
+            "Load the model's safetensors instead."
+        )
+
+
+def _unpacks(kind: Any) -> bool:
+    """Whether the `gguf` package can dequantise this tensor type."""
+    from gguf import GGML_QUANT_SIZES, dequantize
+
+    try:
+        dequantize(np.zeros((1, GGML_QUANT_SIZES[kind][1]), dtype=np.uint8), kind)
+    except NotImplementedError:
+        return False
+    return True
+
+
+def _unread_type(path: Path, found: str) -> str:
+    from gguf import GGMLQuantizationType
+
+    known = [kind.name for kind in GGMLQuantizationType if _unpacks(kind)]
+    return (
+        f"{str(path)!r} holds tensors of type {found}, which the installed gguf package does not "
+        f"unpack; it unpacks: {known}. Take a file of one of these types."
+    )
+
+
+@contextmanager
+def _bar(show: bool) -> Iterator[None]:
+    """transformers shows the bar of unpacked weights whatever its own switch says."""
+    module: Any = import_module("transformers.modeling_gguf_pytorch_utils")
+    shown = module.tqdm
+    module.tqdm = partial(shown, disable=not show)
+    try:
+        yield
+    finally:
+        module.tqdm = shown
