@@ -12,7 +12,7 @@ from itertools import cycle
 from typing import Any, Literal
 
 from ..errors import ConfigError
-from ..prompt.messages import DEFAULT_SYSTEM, Prompt
+from ..prompt.messages import DEFAULT_SYSTEM, QUESTION_HEADING, Prompt
 from ..specpc.units import sentence_spans
 from .puzzles import NOT_FOUND, TASKS, Needle, Puzzle, World, natural_sentences
 from .squad import Article, Counter, Scorer, build_items, sample_questions
@@ -44,11 +44,20 @@ class Evidence:
 
 
 @dataclass(frozen=True, slots=True)
+class Turn:
+    """What was said before the question; `role` is "user" or "assistant"."""
+
+    role: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
 class EvalItem:
     """One question with its passages.
 
     `answers` are all needed (`need="all"`) or alternatives (`need="any"`); so is `evidence`.
     `depth` is the place of the evidence, 0 at the start of the passages, 1 at their end.
+    `turns` is the conversation so far; the passages stand behind it.
     """
 
     id: str
@@ -62,12 +71,16 @@ class EvalItem:
     depth: float | None
     question_first: bool = False
     system: str | None = DEFAULT_SYSTEM
+    turns: tuple[Turn, ...] = ()
 
     def prompt(self) -> Prompt:
         """The request as the engine takes it."""
-        if not self.question_first:
-            return Prompt.from_question(self.question, self.passages, system=self.system)
-        return question_first(self.question, self.passages, self.system)
+        if self.question_first:
+            return question_first(self.question, self.passages, self.system, self.turns)
+        if self.turns:
+            text = {"type": "text", "text": QUESTION_HEADING + self.question}
+            return _conversation(self.turns, [*_blocks(self.passages), text], self.system)
+        return Prompt.from_question(self.question, self.passages, system=self.system)
 
     def as_json(self) -> dict[str, Any]:
         """For other programs that shall answer the same items, and for `from_json`."""
@@ -79,16 +92,33 @@ class EvalItem:
         evidence = tuple(
             Evidence(Place(**part["value"]), Place(**part["sentence"])) for part in row["evidence"]
         )
-        passages, answers = tuple(row["passages"]), tuple(row["answers"])
-        return cls(**{**row, "passages": passages, "answers": answers, "evidence": evidence})
+        lists = {
+            "passages": tuple(row["passages"]),
+            "answers": tuple(row["answers"]),
+            "evidence": evidence,
+            "turns": tuple(Turn(**turn) for turn in row.get("turns", ())),
+        }
+        return cls(**{**row, **lists})
 
 
-def question_first(question: str, passages: Sequence[str], system: str | None) -> Prompt:
+def question_first(
+    question: str, passages: Sequence[str], system: str | None, turns: Sequence[Turn] = ()
+) -> Prompt:
     """The usual prompt with the question in front of the passages."""
-    blocks: list[dict[str, str]] = [{"type": "text", "text": f"Question: {question}"}]
-    blocks += [{"type": "document", "text": text} for text in passages]
+    text = {"type": "text", "text": QUESTION_HEADING + question}
+    return _conversation(turns, [text, *_blocks(passages)], system)
+
+
+def _conversation(
+    turns: Sequence[Turn], blocks: Sequence[dict[str, str]], system: str | None
+) -> Prompt:
     lead = [{"role": "system", "content": system}] if system else []
-    return Prompt.from_messages([*lead, {"role": "user", "content": blocks}])
+    said = [{"role": turn.role, "content": turn.text} for turn in turns]
+    return Prompt.from_messages([*lead, *said, {"role": "user", "content": blocks}])
+
+
+def _blocks(passages: Sequence[str]) -> list[dict[str, str]]:
+    return [{"type": "document", "text": text} for text in passages]
 
 
 def make_items(
