@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .config import OnError, Quantization, SpecPC
+from .config import DEFAULT_METHOD, OnError, Quantization, SpecPC
 from .errors import OutOfMemoryError, PromptError
 from .kv_cache.prefix import Memory
 from .models.loading import accept, context_window, explain_out_of_memory, load_model
@@ -106,7 +106,9 @@ class Compressor:
         Args:
             question: The user's question, never shortened.
             passages: Retrieved texts, in the order in which the target shall see them.
-            method: Budget and options; `SpecPC()` keeps 1,024 draft tokens of the whole prompt.
+            method: Budget and options; None means `DEFAULT_METHOD`: whole sentences, 0.35 of the
+                passages' tokens. `SpecPC()` has the paper's settings: single tokens, 1,024 of the
+                whole prompt.
             system: System text that stands in the prompt, never shortened.
             on_error: "raise", or "original" to get the passages back unchanged, with a logged
                 warning and the reason in `stats.fallback`.
@@ -197,7 +199,7 @@ class Compressor:
             on_error: As for `compress`.
             max_new_tokens: One for each prompt, see `compress_prompt`.
         """
-        method = method or SpecPC()
+        method = method or DEFAULT_METHOD
         if method.head_weights is not None:  # a missing file is no fault of a single request
             head_weights(self.model, method.head_weights)
         shorten = Shortener(self.model, self.encoder, self.read)

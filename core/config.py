@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from .errors import ConfigError
 from .grammar import Grammar
+from .options import Options
 
 Pool = Literal["max", "mean"]
 Reduction = Literal["max", "mean", "mean-max"]
@@ -20,15 +21,10 @@ OnError = Literal["raise", "original"]
 PositiveInt = Annotated[int, Field(ge=1, strict=True)]
 
 
-class Options(BaseModel):
-    """Base of all options: immutable, unknown names refused."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
 _PRESETS: dict[str, dict[str, Any]] = {
     "2026-11": {"unit": "sentence", "lookahead_tokens": 16, "lexical_weight": 0.25}
 }
+NEWEST_PRESET = "2026-11"
 
 
 def _one_budget(values: object, default: int) -> object:
@@ -133,12 +129,17 @@ class SpecPC(Options):
         """
         if name not in _PRESETS:
             raise ConfigError(f"There is no preset {name!r}; there are: {sorted(_PRESETS)}.")
-        return cls.model_validate({**_PRESETS[name], **changes})
+        return cls(**{**_PRESETS[name], **changes})
 
     @property
     def neighbors(self) -> int:
         """Tokens a selected token brings, itself included (at least 1)."""
         return max(1, self.kernel_size if self.neighbor_tokens is None else self.neighbor_tokens)
+
+
+DEFAULT_METHOD = SpecPC.preset(NEWEST_PRESET, ratio=0.35)
+"""What compresses where no method is given: the newest preset, whole sentences, with a ratio of
+0.35, a share of the draft tokens of all passages together. `SpecPC()` has the paper's settings."""
 
 
 class SpecKV(Options):

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ..core.compressor import Compressor
 from ..core.config import OnError, Quantization
+from ..core.options import told_as_config_errors
 from ..core.prompt.messages import DEFAULT_SYSTEM
 
 
@@ -30,7 +31,7 @@ class DraftOptions(BaseModel):
 
     Raises:
         ModelNotFoundError: There is no such model.
-        ValidationError: An option is unknown or invalid.
+        ConfigError: An option is unknown or invalid.
     """
 
     model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
@@ -47,7 +48,8 @@ class DraftOptions(BaseModel):
     progress: bool = True
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
+        with told_as_config_errors(type(self)):
+            super().__init__(**options)
         if self.compressor is not None:
             self.model = self.compressor.model.name_or_path or self.model
             return

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import logging
 import random
+from dataclasses import replace
 
 import pytest
 import torch
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
-from draftsieve import Compressor, Passage, Prompt, SpecPC
+from draftsieve import Compressor, Generation, Passage, Prompt, SpecKV, SpecKVPC, SpecPC
 from draftsieve.core import compressor as compressor_module
-from draftsieve.core.errors import BudgetError, ConfigError, ModelNotFoundError, PromptError
+from draftsieve.core.config import DEFAULT_METHOD
+from draftsieve.core.errors import (
+    BudgetError,
+    ConfigError,
+    DraftSieveError,
+    ModelNotFoundError,
+    PromptError,
+)
 from draftsieve.core.specpc.fitting import Budget
 from draftsieve.core.specpc.units import sentence_spans, word_spans
 from draftsieve.core.types import CompressedContext, Segment
@@ -144,9 +152,9 @@ def test_failing_open_warns_and_says_why(caplog: pytest.LogCaptureFixture) -> No
 
 
 def test_options_are_checked_at_construction() -> None:
-    with pytest.raises(ValidationError, match="exclude each other"):
+    with pytest.raises(ConfigError, match="exclude each other"):
         SpecPC(capacity=10, ratio=0.5)
-    with pytest.raises(ValidationError, match="extra"):
+    with pytest.raises(ConfigError, match="no option 'capcity': it has capacity"):
         SpecPC(capcity=10)  # type: ignore[call-arg]
     for bad in ({"capacity": 0}, {"ratio": 0.0}, {"ratio": 1.5}, {"kernel_size": 0}):
         with pytest.raises(ValidationError):
@@ -161,8 +169,42 @@ def test_presets() -> None:
     assert SpecPC.preset("2026-11", lookahead_tokens=1).unit == "sentence"
     with pytest.raises(ConfigError, match="there are"):
         SpecPC.preset("1999-01")
-    with pytest.raises(ValidationError):
+    with pytest.raises(ConfigError, match="exclude each other"):
         SpecPC.preset("2026-11", capacity=3, ratio=0.3)
+
+
+def test_wrong_options_are_errors_of_the_package_in_one_sentence() -> None:
+    with pytest.raises(DraftSieveError) as caught:
+        SpecPC(ratio=2)
+    assert str(caught.value) == "SpecPC(ratio=2): input should be less than or equal to 1."
+    assert isinstance(caught.value, ValueError)
+    with pytest.raises(ConfigError, match=r"SpecPC\(ratio=3\)"):
+        SpecKVPC(specpc={"ratio": 3})  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="max_new_tokens='many'"):
+        Generation(max_new_tokens="many")  # type: ignore[arg-type]
+
+
+def test_options_inside_other_models_are_checked_and_told_apart() -> None:
+    class Step(BaseModel):
+        method: SpecPC | SpecKV | SpecKVPC
+
+    assert Step.model_validate({"method": {"ratio": 0.5}}).method == SpecPC(ratio=0.5)
+    found = Step.model_validate({"method": {"scorer": "snapkv"}}).method
+    assert found == SpecKV(scorer="snapkv")
+    stored = Step(method=SpecKVPC(specpc=SpecPC(ratio=0.5))).model_dump_json()
+    assert Step.model_validate_json(stored).method == SpecKVPC(specpc=SpecPC(ratio=0.5))
+    with pytest.raises(ValidationError, match=r"SpecPC\(ratio=2\)"):
+        Step.model_validate({"method": {"ratio": 2}})
+
+
+def test_no_method_means_whole_sentences() -> None:
+    context = tiny_compressor().compress(QUESTION, TEXTS)
+    assert context == replace(
+        tiny_compressor().compress(QUESTION, TEXTS, DEFAULT_METHOD), stats=context.stats
+    )
+    assert context.stats.compressed
+    for span in context.spans:
+        assert TEXTS[span.passage_index][span.start : span.end].endswith(".")
 
 
 def test_only_what_follows_the_passages_asks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from pydantic import ValidationError
 
 from draftsieve import Compressor, Engine, Generation, Prompt, SpecKVPC, SpecPC
 from draftsieve.core.errors import (
@@ -296,7 +295,7 @@ def test_positions_of_bare_prompts() -> None:
 
 
 def test_positions_that_cannot_be_kept_are_refused() -> None:
-    with pytest.raises(ValidationError, match="belongs to SpecPC alone"):
+    with pytest.raises(ConfigError, match="belongs to SpecPC alone"):
         SpecKVPC(specpc=SpecPC(positions="keep"))
     long = [" ".join(TEXTS)] * 24
     method = SpecPC(capacity=300, positions="keep")

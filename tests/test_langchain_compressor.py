@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 from langchain_core.callbacks import BaseCallbackHandler
-from pydantic import ValidationError
 
 from draftsieve.core.compressor import Compressor
 from draftsieve.core.config import SpecPC
 from draftsieve.core.errors import (
     BudgetError,
+    ConfigError,
     MissingExtraError,
     ModelNotFoundError,
     RequestTimeoutError,
@@ -126,9 +126,9 @@ def test_a_compressor_loads_when_it_is_made(tmp_path: Path) -> None:
 def test_wrong_options_and_models_fail_at_construction(make: Any, tmp_path: Path) -> None:
     with pytest.raises(ModelNotFoundError):
         make(model=str(tmp_path / "gone"))
-    with pytest.raises(ValidationError, match="capacty"):
+    with pytest.raises(ConfigError, match="capacty"):
         make(model=str(tmp_path / "gone"), capacty=3)
-    with pytest.raises(ValidationError, match="on_error"):
+    with pytest.raises(ConfigError, match="on_error"):
         make(model=str(tmp_path / "gone"), on_error="ignore")
 
 
@@ -152,7 +152,7 @@ def test_a_compression_out_of_time_gives_the_originals_or_raises() -> None:
     assert enough.compress_documents(documents(), QUESTION) == same.compress_documents(
         documents(), QUESTION
     )
-    with pytest.raises(ValidationError, match="timeout"):
+    with pytest.raises(ConfigError, match="timeout"):
         DraftCompressor(compressor=tiny_compressor(), timeout=0)
 
 

@@ -15,10 +15,10 @@ from langchain_core.messages import (
     SystemMessage,
     ToolMessage,
 )
-from pydantic import ValidationError
 
+from draftsieve.core.config import SpecKV, SpecKVPC
 from draftsieve.core.engine import Engine
-from draftsieve.core.errors import BudgetError, ModelError, PromptError
+from draftsieve.core.errors import BudgetError, ConfigError, ModelError, PromptError
 from draftsieve.integrations.langchain import ChatDraftSieve
 from draftsieve.integrations.langchain.messages import as_mappings
 
@@ -64,22 +64,36 @@ def test_a_call_overrides_the_models_options() -> None:
     assert model.invoke(QUESTION, temperature=0.0).content == chat().invoke(QUESTION).content
     short = model.bind(max_tokens=3).invoke(QUESTION)
     assert short.usage_metadata["output_tokens"] == 3
-    with pytest.raises(ValidationError, match="temprature"):
+    with pytest.raises(ConfigError, match="temprature"):
         model.invoke(QUESTION, temprature=0.5)
-    with pytest.raises(ValidationError, match="method"):
+    with pytest.raises(ConfigError, match="method"):
         model.invoke(QUESTION, method="specpc")
-    with pytest.raises(ValidationError, match="on_error"):
+    with pytest.raises(ConfigError, match="on_error"):
         model.invoke(QUESTION, on_error="ignore")
 
 
 def test_invalid_options_fail_before_a_model_is_loaded() -> None:
-    with pytest.raises(ValidationError, match="top_p"):
+    with pytest.raises(ConfigError, match="top_p"):
         ChatDraftSieve(model="gone", top_p=1.5)
     with pytest.raises(ModelError, match="draft="):
         ChatDraftSieve(model="gone", method=METHOD)
     plain = Engine(tiny_model(32, seed=1), tiny_tokenizer())
     with pytest.raises(ModelError, match="draft="):
         ChatDraftSieve(engine=plain, method=METHOD)
+
+
+def test_a_method_that_reads_without_a_draft_needs_none() -> None:
+    plain = Engine(tiny_model(64, seed=2), tiny_tokenizer())
+    for scorer in ("snapkv", "laq", "key_norm"):
+        method = SpecKV(capacity=90, scorer=scorer)
+        model = ChatDraftSieve(engine=plain, method=method, max_tokens=4)
+        found = model.invoke(document_messages())
+        assert found.response_metadata["method"]["scorer"] == scorer
+        assert found.usage_metadata["output_tokens"] == 4
+    with pytest.raises(ModelError, match="draft="):
+        ChatDraftSieve(engine=plain, method=SpecKV(capacity=90))
+    with pytest.raises(ModelError, match="draft="):
+        ChatDraftSieve(engine=plain, method=SpecKVPC(speckv=SpecKV(scorer="snapkv")))
 
 
 def test_a_chat_model_loads_a_pair_when_it_is_made(tmp_path: Path) -> None:

@@ -28,12 +28,13 @@ from llama_index.core.schema import (
 )
 from llama_index_instrumentation import get_dispatcher
 from llama_index_instrumentation.event_handlers.base import BaseEventHandler
-from pydantic import PrivateAttr, ValidationError
+from pydantic import PrivateAttr
 
 from draftsieve.core.compressor import Compressor
 from draftsieve.core.config import SpecPC
 from draftsieve.core.errors import (
     BudgetError,
+    ConfigError,
     MissingExtraError,
     ModelNotFoundError,
     PromptError,
@@ -295,7 +296,7 @@ def test_tracing_sees_the_nodes_before_and_after() -> None:
 def test_wrong_options_and_models_fail_at_construction(tmp_path: Path) -> None:
     with pytest.raises(ModelNotFoundError):
         DraftSievePostprocessor(model=str(tmp_path / "gone"))
-    with pytest.raises(ValidationError, match="capacty"):
+    with pytest.raises(ConfigError, match="capacty"):
         postprocessor(capacty=3)
 
 

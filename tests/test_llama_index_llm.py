@@ -31,13 +31,14 @@ from llama_index.core.prompts import PromptTemplate
 from llama_index.core.schema import NodeWithScore, TextNode
 from llama_index_instrumentation import get_dispatcher
 from llama_index_instrumentation.event_handlers.base import BaseEventHandler
-from pydantic import PrivateAttr, ValidationError
+from pydantic import PrivateAttr
 from tokenizers.processors import TemplateProcessing
 
 from draftsieve.core.config import Generation, SpecKV, SpecPC
 from draftsieve.core.engine import Engine
 from draftsieve.core.errors import (
     BudgetError,
+    ConfigError,
     ModelError,
     ModelNotFoundError,
     PromptError,
@@ -235,7 +236,7 @@ def test_a_call_overrides_the_objects_options() -> None:
     with pytest.raises(RequestTimeoutError):
         model.chat(ASKED, timeout=1e-9)
     for wrong in ({"temprature": 0.5}, {"method": "specpc"}, {"on_error": "ignore"}):
-        with pytest.raises(ValidationError, match=next(iter(wrong))):
+        with pytest.raises(ConfigError, match=next(iter(wrong))):
             model.chat(ASKED, **wrong)
 
 
@@ -255,14 +256,24 @@ def test_stop_strings_end_an_answer_before_them() -> None:
 def test_invalid_options_fail_before_a_model_is_loaded(tmp_path: Path) -> None:
     with pytest.raises(ModelNotFoundError):
         DraftSieveLLM(model=str(tmp_path / "gone"))
-    with pytest.raises(ValidationError, match="capacty"):
+    with pytest.raises(ConfigError, match="capacty"):
         llm(capacty=3)
-    with pytest.raises(ValidationError, match="top_p"):
+    with pytest.raises(ConfigError, match="top_p"):
         DraftSieveLLM(model="gone", top_p=1.5)
     with pytest.raises(ModelError, match="draft="):
         DraftSieveLLM(model="gone", method=METHOD)
     with pytest.raises(ModelError, match="draft="):
         DraftSieveLLM(engine=Engine(tiny_model(32, seed=1), tiny_tokenizer()), method=METHOD)
+
+
+def test_a_method_that_reads_without_a_draft_needs_none() -> None:
+    plain = Engine(tiny_model(64, seed=2), tiny_tokenizer())
+    method = SpecKV(capacity=90, scorer="snapkv")
+    found = DraftSieveLLM(engine=plain, method=method, max_tokens=4).chat(with_documents())
+    assert found.raw["method"]["scorer"] == "snapkv"
+    assert found.raw["usage"]["completion_tokens"] == 4
+    with pytest.raises(ModelError, match="draft="):
+        DraftSieveLLM(engine=plain, method=SpecKV(capacity=90))
 
 
 def test_the_cache_of_a_whole_prompt_can_be_evicted() -> None:

@@ -12,12 +12,11 @@ from typing import Any
 import pytest
 from llama_index.core.base.llms.types import ChatMessage, TextBlock, ToolCallBlock
 from llama_index.core.memory import Memory
-from pydantic import ValidationError
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from draftsieve.core.compressor import Compressor
 from draftsieve.core.config import SpecPC
-from draftsieve.core.errors import ModelNotFoundError, PromptError
+from draftsieve.core.errors import ConfigError, ModelNotFoundError, PromptError
 from draftsieve.core.types import CompressedContext
 from draftsieve.integrations.llama_index import DraftSieveMemoryBlock
 
@@ -166,7 +165,7 @@ async def test_the_event_loop_stays_free() -> None:
 
 
 def test_wrong_options_and_models_fail_at_construction() -> None:
-    with pytest.raises(ValidationError, match="capacty"):
+    with pytest.raises(ConfigError, match="capacty"):
         block(capacty=3)
     with pytest.raises(ModelNotFoundError):
         DraftSieveMemoryBlock(model="./gone")

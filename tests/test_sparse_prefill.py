@@ -12,6 +12,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import eager_mask
 
 from draftsieve import Engine, Generation, Prompt, SpecKV, SpecKVPC, SpecPC
+from draftsieve.core.errors import ConfigError
 from draftsieve.core.generation.decode import next_tokens
 from draftsieve.core.kv_cache.prefix import read_memory
 from draftsieve.core.speckv import sparse_prefill
@@ -335,6 +336,6 @@ def test_both_sizes_are_given_or_none() -> None:
     for one in ({"prefill_vertical_size": 64}, {"prefill_window_size": 64}):
         with pytest.raises(ValidationError, match="give both"):
             SpecKV.model_validate(one)
-    with pytest.raises(ValidationError):
+    with pytest.raises(ConfigError):
         SpecKV(prefill_vertical_size=0, prefill_window_size=64)
     assert SpecKV().prefill_vertical_size is None

@@ -22,7 +22,7 @@ from transformers import (
 from transformers.masking_utils import eager_mask
 
 from draftsieve import Engine, Generation, Prompt, SpecKV, SpecKVPC, SpecPC
-from draftsieve.core.errors import BudgetError, ModelError
+from draftsieve.core.errors import BudgetError, ConfigError, ModelError
 from draftsieve.core.generation.decode import next_tokens
 from draftsieve.core.kv_cache.batch import join_evicted
 from draftsieve.core.kv_cache.layers import EvictedLayer, cache_bytes
@@ -390,7 +390,7 @@ def test_options_and_models_that_cannot() -> None:
     for bad in ({"kernel_size": 4}, {"capacity": 5, "ratio": 0.5}, {"pool": "avg"}):
         with pytest.raises(ValidationError):
             SpecKV.model_validate(bad)
-    with pytest.raises(ValidationError, match="must be None"):
+    with pytest.raises(ConfigError, match="must be None"):
         SpecKVPC(speckv=SpecKV(lookahead_tokens=4))
     assert SpecKV().capacity == 512
     with pytest.raises(ModelError, match="nothing to evict"):

@@ -14,8 +14,6 @@ from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any, get_args
 
-from pydantic import ValidationError
-
 from ..config import Scorer as CacheScorer
 from ..config import SpecKV, SpecKVPC, SpecPC
 from ..errors import ConfigError
@@ -337,9 +335,6 @@ def _options(text: str) -> SpecPC:
         except ValueError:
             found[name.strip()] = value
     try:
-        return SpecPC.model_validate(found)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise ConfigError(
-            f"{OPTIONS}{text} holds no options of SpecPC: {first['loc']}: {first['msg']}."
-        ) from error
+        return SpecPC(**found)
+    except ConfigError as error:
+        raise ConfigError(f"{OPTIONS}{text} holds no options of SpecPC. {error}") from error

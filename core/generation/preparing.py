@@ -18,7 +18,7 @@ from ..runtime.clock import Clock
 from ..runtime.deadline import deadline_after, until
 from ..speckv.evict import token_capacity
 from ..speckv.lookahead import look_ahead
-from ..speckv.scorers import SCORERS
+from ..speckv.scorers import needs_draft
 from ..specpc.sparse_positions import kept_places
 from ..types import CompressedContext
 from .constrained import Grammars
@@ -205,7 +205,7 @@ class Preparer:
         clock = Clock()
         with clock("draft"), explain_out_of_memory(_guessing(asked), **self._models):
             drafted = [torch.tensor([], dtype=torch.int64)] * len(asked)
-            if SCORERS[method.scorer].lookahead == "draft":
+            if needs_draft(method):
                 drafted = self._draft_guesses([work for work, *_ in asked], method, memories)
             for (work, capacity, protected), guess in zip(asked, drafted, strict=True):
                 work.eviction = self._plan_eviction(

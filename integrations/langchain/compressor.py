@@ -45,7 +45,7 @@ class DraftCompressor(DraftOptions, BaseDocumentCompressor):
 
     Raises:
         ModelNotFoundError: There is no such model.
-        ValidationError: An option is unknown or invalid.
+        ConfigError: An option is unknown or invalid.
     """
 
     method: SpecPC = SpecPC.preset("2026-11", ratio=0.3)

@@ -9,9 +9,11 @@ from langchain_core.documents import Document
 from langchain_core.language_models import BaseLanguageModel, LangSmithParams
 from pydantic import ConfigDict, Field
 
-from ...core.config import Generation, Method, OnError, Options, Quantization
+from ...core.config import Generation, Method, OnError, Quantization
 from ...core.engine import Engine
 from ...core.errors import ModelError
+from ...core.options import Options, told_as_config_errors
+from ...core.speckv.scorers import needs_draft
 from ...core.types import Answer, Passage
 from .tools import TOOL_OPTIONS, grammar_of
 
@@ -45,7 +47,7 @@ class EngineOptions(BaseLanguageModel[Any]):
 
     Args:
         model: "builtin:target", a folder or a hub id of the target.
-        draft: "builtin:draft", a folder or a hub id; needed where a method is used.
+        draft: "builtin:draft", a folder or a hub id; needed for SpecPC and for SpecKV's own scorer.
         engine: A loaded engine, instead of `model` and `draft`.
         method: How documents (SpecPC) or the cache of the whole prompt (SpecKV) are compressed;
             None leaves them whole.
@@ -73,8 +75,8 @@ class EngineOptions(BaseLanguageModel[Any]):
 
     Raises:
         ModelNotFoundError: There is no such model.
-        ModelError: A method is given without a draft.
-        ValidationError: An option is unknown or invalid.
+        ModelError: A method that needs a draft is given without one.
+        ConfigError: An option is unknown or invalid.
     """
 
     model_config = STRICT
@@ -104,11 +106,12 @@ class EngineOptions(BaseLanguageModel[Any]):
     progress: bool = True
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
+        with told_as_config_errors(type(self)):
+            super().__init__(**options)
         self.generation(None, {})  # invalid options fail here, before anything is loaded
         loaded = self.engine
         drafted = self.draft is not None if loaded is None else loaded.compressor is not None
-        if self.method is not None and not drafted:
+        if needs_draft(self.method) and not drafted:
             raise ModelError(
                 f"{type(self.method).__name__} reads with a draft model and there is none: "
                 'give draft="builtin:draft", a folder or a hub id, or an engine that has one.'
@@ -147,12 +150,12 @@ class EngineOptions(BaseLanguageModel[Any]):
             Validated options.
 
         Raises:
-            ValidationError: An option is unknown or invalid.
+            ConfigError: An option is unknown or invalid.
         """
         own = {name: getattr(self, name) for name in _DECODING}
         merged = {_NAMES.get(name, name): value for name, value in {**own, **options}.items()}
         ends = self.stop if stop is None else stop
-        return Generation.model_validate({**merged, "stop": tuple(ends or ())})
+        return Generation(**{**merged, "stop": tuple(ends or ())})
 
     def call_options(self, stop: list[str] | None, options: Mapping[str, Any]) -> CallOptions:
         """Merge the object's options with those of one call.
@@ -166,7 +169,7 @@ class EngineOptions(BaseLanguageModel[Any]):
             Validated options.
 
         Raises:
-            ValidationError: An option is unknown or invalid.
+            ConfigError: An option is unknown or invalid.
             GrammarError: Tools or a schema cannot be used.
         """
         decoding = {name: value for name, value in options.items() if name not in _APART}

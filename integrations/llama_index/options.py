@@ -8,10 +8,12 @@ from typing import Any
 from llama_index.core.llms.function_calling import FunctionCallingLLM
 from pydantic import ConfigDict, Field
 
-from ...core.config import Generation, Method, OnError, Options, Quantization
+from ...core.config import Generation, Method, OnError, Quantization
 from ...core.engine import Engine
 from ...core.errors import ModelError
+from ...core.options import Options, told_as_config_errors
 from ...core.prompt.tool_calls import answer_grammar
+from ...core.speckv.scorers import needs_draft
 
 _NAMES = {"max_tokens": "max_new_tokens"}  # LlamaIndex's name -> ours
 _DECODING = (
@@ -41,7 +43,7 @@ class EngineOptions(FunctionCallingLLM):
 
     Args:
         model: "builtin:target", a folder or a hub id of the target.
-        draft: "builtin:draft", a folder or a hub id; needed where a method is used.
+        draft: "builtin:draft", a folder or a hub id; needed for SpecPC and for SpecKV's own scorer.
         engine: A loaded engine, instead of `model` and `draft`.
         method: How documents (SpecPC) or the cache of the whole prompt (SpecKV) are compressed;
             None leaves them whole.
@@ -67,8 +69,8 @@ class EngineOptions(FunctionCallingLLM):
 
     Raises:
         ModelNotFoundError: There is no such model.
-        ModelError: A method is given without a draft.
-        ValidationError: An option is unknown or invalid.
+        ModelError: A method that needs a draft is given without one.
+        ConfigError: An option is unknown or invalid.
     """
 
     model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
@@ -97,12 +99,13 @@ class EngineOptions(FunctionCallingLLM):
     progress: bool = True
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
+        with told_as_config_errors(type(self)):
+            super().__init__(**options)
         self.call_options({})  # invalid options fail here, before anything is loaded
         if self.engine is not None:
             reader = self.engine.compressor
             self.draft = None if reader is None else reader.model.name_or_path
-        if self.method is not None and self.draft is None:
+        if needs_draft(self.method) and self.draft is None:
             raise ModelError(
                 f"{type(self.method).__name__} reads with a draft model and there is none: "
                 'give draft="builtin:draft", a folder or a hub id, or an engine that has one.'
@@ -142,7 +145,7 @@ class EngineOptions(FunctionCallingLLM):
             Validated options.
 
         Raises:
-            ValidationError: An option is unknown or invalid.
+            ConfigError: An option is unknown or invalid.
             GrammarError: The response format cannot be used.
         """
         given = {name: value for name, value in options.items() if name not in _APART}
@@ -154,6 +157,6 @@ class EngineOptions(FunctionCallingLLM):
         named = {_NAMES.get(name, name): value for name, value in decoding.items()}
         return CallOptions(
             method=options.get("method", self.method),
-            generation=Generation.model_validate({**named, "stop": tuple(stop or ())}),
+            generation=Generation(**{**named, "stop": tuple(stop or ())}),
             on_error=options.get("on_error", self.on_error),
         )

@@ -13,6 +13,7 @@ from typing import Literal
 
 import torch
 
+from ...config import Method, stages
 from . import attention, h2o, key_norm, random_scores, streaming, tova
 from .view import LayerView
 
@@ -40,4 +41,12 @@ SCORERS: Mapping[str, KVScorer] = {
     "random": KVScorer(random_scores.score, "none", pooled=False),
 }
 
-__all__ = ["SCORERS", "KVScorer", "LayerView", "Lookahead"]
+
+def needs_draft(method: Method | None) -> bool:
+    """Whether a method reads with a draft model: SpecPC does, and scorers that use its guess."""
+    specpc, speckv = stages(method)
+    guessing = speckv is not None and SCORERS[speckv.scorer].lookahead == "draft"
+    return specpc is not None or guessing
+
+
+__all__ = ["SCORERS", "KVScorer", "LayerView", "Lookahead", "needs_draft"]
