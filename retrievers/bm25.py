@@ -4,25 +4,20 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 import sys
-import unicodedata
 from collections.abc import Collection, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..core.errors import PromptError
+from ..core.specpc.bm25 import words
 from ..core.types import Passage
 from .extras import require
 from .folder import FolderError
 
-_PASSAGES, _OPTIONS, _FORMAT = "passages.jsonl", "index.json", 1
-
-# Scripts written without spaces: each character is a word.
-_UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff"
+_PASSAGES, _OPTIONS, _FORMAT = "passages.jsonl", "index.json", 2
 
 
 class Bm25Index:
@@ -32,7 +27,7 @@ class Bm25Index:
         passages: What can be found.
         k1: How fast repeated words stop counting.
         b: How much long passages are held back, from 0 to 1.
-        stopwords: Words left out, written in any case.
+        stopwords: Words left out, written in any case and cut as texts are (`words`).
         progress: Show bm25s' progress bars while indexing.
 
     Raises:
@@ -180,27 +175,6 @@ def _line(passage: Passage) -> str:
             f"The metadata of passage {passage.id!r} is no JSON ({error}): use strings, numbers, "
             "lists and dicts."
         ) from error
-
-
-def words(text: str) -> list[str]:
-    """Cut a text into lower-case words of letters, digits and combining marks, in any script.
-
-    Args:
-        text: Any text; compatibility forms (full width, ligatures) count as the plain ones.
-
-    Returns:
-        The words in order. Scripts written without spaces give single characters.
-    """
-    found: list[str] = _word().findall(unicodedata.normalize("NFKC", text).casefold())
-    return found
-
-
-@cache
-def _word() -> re.Pattern[str]:
-    """Letters, digits and the marks that belong to them, which `\\w` alone leaves out."""
-    codes = (code for code in range(0x300, 0x20000) if unicodedata.category(chr(code))[0] == "M")
-    marks = "".join(map(chr, codes))
-    return re.compile(rf"[{_UNSPACED}]|(?:(?![{_UNSPACED}])[\w{marks}])+")
 
 
 def _bm25s() -> Any:

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModel, AutoTokenizer
 
 from ..errors import MissingExtraError, ModelNotFoundError
+from ..specpc.bm25 import words
 from .squad import Scorer
 
 
@@ -82,4 +83,4 @@ def _tfidf(question: str, texts: Sequence[str]) -> Any:
     require_eval("sklearn", "TF-IDF")
     from sklearn.feature_extraction.text import TfidfVectorizer
 
-    return TfidfVectorizer(token_pattern=r"\w+").fit_transform([question, *texts])
+    return TfidfVectorizer(analyzer=words).fit_transform([question, *texts])

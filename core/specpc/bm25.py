@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import math
-import re
+import unicodedata
 from collections import Counter
 from collections.abc import Sequence
+from itertools import pairwise
 
-_WORD = re.compile(r"\w+")
+import regex
+
+# Scripts written without spaces, for a character class; "ー" belongs to two of them.
+UNSPACED = r"\p{Thai}\p{Lao}\p{Myanmar}\p{Khmer}\p{Hiragana}\p{Katakana}\p{Han}ー"
+_WORD = regex.compile(r"\w+")  # letters, digits, combining marks
+_PART = regex.compile(
+    rf"[[^{UNSPACED}]||\d]+|(?P<unspaced>[{UNSPACED}--\d][{UNSPACED}\p{{M}}--\d]*)", regex.V1
+)
 K1, B = 1.5, 0.75
 
 
 def bm25(question: str, texts: Sequence[str]) -> list[float]:
-    """BM25 with Lucene's inverse document frequency, over lower-case words.
+    """BM25 with Lucene's inverse document frequency, over `words`.
 
     Args:
         question: Its words are looked for, repeated ones once each time.
@@ -21,9 +29,9 @@ def bm25(question: str, texts: Sequence[str]) -> list[float]:
     Returns:
         One score a text, 0 where no word is shared.
     """
-    documents = [Counter(_WORD.findall(text.casefold())) for text in texts]
+    documents = [Counter(words(text)) for text in texts]
     average = max(1.0, sum(map(Counter.total, documents)) / max(1, len(documents)))
-    asked = _WORD.findall(question.casefold())
+    asked = words(question)
     holders: dict[str, list[int]] = {word: [] for word in asked}
     for place, document in enumerate(documents):
         for word in holders.keys() & document.keys():
@@ -36,3 +44,26 @@ def bm25(question: str, texts: Sequence[str]) -> list[float]:
             count, length = documents[place][word], documents[place].total() / average
             scores[place] += weight * count / (count + K1 * (1 - B + B * length))
     return scores
+
+
+def words(text: str) -> list[str]:
+    """Cut a text into lower-case words of letters, digits and combining marks, in any script.
+
+    Where a script is written without spaces, every two neighbouring characters are a word, as in
+    Lucene's CJK analyzer; a character without neighbours is one alone.
+
+    Args:
+        text: Any text; compatibility forms (full width, ligatures) count as the plain ones.
+
+    Returns:
+        The words in order.
+    """
+    found: list[str] = []
+    for word in _WORD.findall(unicodedata.normalize("NFKC", text).casefold()):
+        if word.isascii():
+            found.append(word)
+            continue
+        for part in _PART.finditer(word):
+            pairs = [first + second for first, second in pairwise(part["unspaced"] or "")]
+            found += pairs or [part[0]]
+    return found

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import re
 
+import regex
 import sentencex
 
 from ..config import Unit
 from ..prompt.safe_tokenizer import replace_surrogates
+from .bm25 import UNSPACED
 
 Bounds = list[tuple[int, int]]  # character start and end (exclusive), ascending, not overlapping
 
 # A run without spaces: a number, identifier, URL or e-mail address is never cut. Scripts written
 # without spaces fall apart into single characters instead.
-_UNSPACED = (
-    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
-)
-_WORD = re.compile(rf"[^\s{_UNSPACED}]+|[{_UNSPACED}]")
+_WORD = regex.compile(rf"(?:[^\s{UNSPACED}]|\d)+|\S")
 _LINE = re.compile(r"[^\r\n]+")
 
 
