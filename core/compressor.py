@@ -14,10 +14,16 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .config import DEFAULT_METHOD, OnError, Quantization, SpecPC
+from .config import DEFAULT_METHOD, OnError, SpecPC
 from .errors import OutOfMemoryError, PromptError
 from .kv_cache.prefix import Memory
-from .models.loading import accept, context_window, explain_out_of_memory, load_model
+from .models.loading import (
+    AnyQuantization,
+    accept,
+    context_window,
+    explain_out_of_memory,
+    load_model,
+)
 from .prompt.encoder import PromptEncoder, PromptTokens
 from .prompt.messages import DEFAULT_SYSTEM, Prompt
 from .runtime.deadline import deadline_after, until
@@ -64,9 +70,11 @@ class Compressor:
         model: str | Path,
         *,
         gguf_file: str | None = None,
-        quantization: Quantization | None = None,
+        revision: str | None = None,
+        quantization: AnyQuantization | None = None,
         device: str = "auto",
         dtype: str | torch.dtype = "auto",
+        attn_implementation: str | None = None,
         template_options: Mapping[str, Any] | None = None,
         trust_remote_code: bool = False,
         progress: bool = True,
@@ -81,9 +89,11 @@ class Compressor:
         loaded = load_model(
             model,
             gguf_file=gguf_file,
+            revision=revision,
             quantization=quantization,
             device=device,
             dtype=dtype,
+            attn_implementation=attn_implementation,
             trust_remote_code=trust_remote_code,
             progress=progress,
         )

@@ -13,13 +13,20 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .compressor import Compressor
-from .config import Generation, Method, OnError, Quantization, SpecPC
+from .config import Generation, Method, OnError, SpecPC
 from .errors import ModelError, PromptError
 from .generation.pipeline import Pipeline
 from .generation.speculative.drafters.store import TrigramStore
 from .generation.trace import trace
 from .kv_cache.storage import Storage
-from .models.loading import accept, context_window, explain_out_of_memory, load_model
+from .models.footprint import footprint
+from .models.loading import (
+    AnyQuantization,
+    accept,
+    context_window,
+    explain_out_of_memory,
+    load_model,
+)
 from .prompt.encoder import PromptEncoder
 from .prompt.messages import DEFAULT_SYSTEM, Prompt
 from .runtime.worker import Worker
@@ -82,11 +89,15 @@ class Engine:
         *,
         gguf_file: str | None = None,
         draft_gguf_file: str | None = None,
-        quantization: Quantization | None = None,
-        draft_quantization: Quantization | None = None,
+        revision: str | None = None,
+        draft_revision: str | None = None,
+        quantization: AnyQuantization | None = None,
+        draft_quantization: AnyQuantization | None = None,
         device: str = "auto",
         draft_device: str | None = None,
         dtype: str | torch.dtype = "auto",
+        attn_implementation: str | None = None,
+        draft_attn_implementation: str | None = None,
         template_options: Mapping[str, Any] | None = None,
         trust_remote_code: bool = False,
         progress: bool = True,
@@ -99,11 +110,15 @@ class Engine:
             draft: The model that reads first; None for an engine without compression.
             gguf_file: Name of the target's GGUF file in its folder or hub repository.
             draft_gguf_file: The same for the draft.
-            quantization: Of the target's weights.
+            revision: Branch, tag or commit of the target's hub repository.
+            draft_revision: Of the draft's.
+            quantization: Of the target's weights: a `Quantization` or one of transformers' configs.
             draft_quantization: Of the draft's weights.
             device: Of the target, see `load_model`.
             draft_device: Of the draft; None means the target's.
             dtype: Of both, see `load_model`.
+            attn_implementation: Of the target: "eager", "sdpa", ...; None for the model's default.
+            draft_attn_implementation: Of the draft.
             template_options: Extra arguments of both chat templates.
             trust_remote_code: Run code that a hub repository carries; off unless you ask for it.
             progress: Show bars while loading and for long work.
@@ -118,16 +133,23 @@ class Engine:
             "progress": progress,
         }
         big = load_model(
-            target, gguf_file=gguf_file, quantization=quantization, device=device, **options
+            target,
+            gguf_file=gguf_file,
+            revision=revision,
+            quantization=quantization,
+            device=device,
+            attn_implementation=attn_implementation,
+            **options,
         )
         small = None
         if draft is not None:
-            place = draft_device or device
             small = load_model(
                 draft,
                 gguf_file=draft_gguf_file,
+                revision=draft_revision,
                 quantization=draft_quantization,
-                device=place,
+                device=draft_device or device,
+                attn_implementation=draft_attn_implementation,
                 **options,
             )
         return cls(
@@ -359,11 +381,7 @@ class Engine:
     def footprint(self) -> dict[str, int]:
         """Bytes of the weights of each model, "target" and "draft", as they are loaded."""
         models = {"target": self.target, "draft": self.draft}
-        return {
-            role: int(model.get_memory_footprint())
-            for role, model in models.items()
-            if model is not None
-        }
+        return {role: footprint(model) for role, model in models.items() if model is not None}
 
     def trace(
         self, input_ids: torch.Tensor, method: Method | None = None, max_new_tokens: int = 16

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import BitsAndBytesConfig
 from transformers.utils import logging as transformers_logging
 
 from draftsieve import Compressor, Engine, Generation, Quantization, SpecKV, SpecKVPC, SpecPC
@@ -128,6 +132,87 @@ def test_dtypes_and_devices() -> None:
     if not torch.cuda.is_available():
         with pytest.raises(ModelError, match="sees no CUDA"):
             load_model("builtin:draft", device="cuda", progress=False)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_the_attention_implementation_can_be_chosen(implementation: str) -> None:
+    other = "sdpa" if implementation == "eager" else "eager"
+    engine = Engine.load(
+        "builtin:target",
+        "builtin:draft",
+        device="cpu",
+        attn_implementation=implementation,
+        draft_attn_implementation=other,
+        progress=False,
+    )
+    assert engine.draft is not None
+    assert engine.target.config._attn_implementation == implementation
+    assert engine.draft.config._attn_implementation == other
+    compressor = Compressor.load(
+        "builtin:draft", device="cpu", attn_implementation=implementation, progress=False
+    )
+    assert compressor.model.config._attn_implementation == implementation
+    with pytest.raises(ModelError, match="Cannot load the model"):
+        load_model("builtin:draft", attn_implementation="no_such", device="cpu", progress=False)
+
+
+def test_a_revision_of_a_hub_repository_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two revisions in a hub cache, as the hub's client leaves them there; no network."""
+    loaded = load_model("builtin:draft", device="cpu", progress=False)
+    home = tmp_path / "models--someone--tiny"
+    commits = {"main": "a" * 40, "v2": "b" * 40}
+    for branch, commit in commits.items():
+        (home / "refs").mkdir(parents=True, exist_ok=True)
+        (home / "refs" / branch).write_text(commit)
+        if branch == "v2":
+            with torch.no_grad():
+                loaded.model.get_input_embeddings().weight[0] += 1.0
+        loaded.model.save_pretrained(home / "snapshots" / commit)
+        loaded.tokenizer.save_pretrained(home / "snapshots" / commit)
+    code = f"""
+from draftsieve import Compressor, Engine
+from draftsieve.core.models.loading import fingerprint, load_model
+quiet = dict(device="cpu", progress=False)
+name = "someone/tiny"
+new = fingerprint(load_model(name, revision="v2", **quiet).model)
+old = fingerprint(load_model(name, **quiet).model)
+assert new != old
+assert fingerprint(load_model(name, revision="{commits["v2"]}", **quiet).model) == new
+assert fingerprint(Compressor.load(name, revision="v2", **quiet).model) == new
+engine = Engine.load(name, name, draft_revision="v2", **quiet)
+assert fingerprint(engine.target) == old
+assert fingerprint(engine.draft) == new
+engine = Engine.load(name, name, revision="v2", **quiet)
+assert fingerprint(engine.target) == new
+assert fingerprint(engine.draft) == old
+"""
+    settings = {**os.environ, "HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    run = subprocess.run(
+        [sys.executable, "-c", code], env=settings, capture_output=True, text=True, timeout=300
+    )
+    assert run.returncode == 0, run.stderr
+
+
+def test_a_ready_configuration_of_transformers_quantises() -> None:
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="fp4")
+    engine = Engine.load(
+        "builtin:target",
+        "builtin:draft",
+        quantization=config,
+        draft_quantization=BitsAndBytesConfig(load_in_8bit=True),
+        device="cpu",
+        progress=False,
+    )
+    assert engine.draft is not None
+    layer = engine.target.get_submodule("model.layers.0.self_attn.q_proj")
+    assert layer.weight.quant_state.quant_type == "fp4"  # type: ignore[union-attr]
+    assert engine.draft.is_loaded_in_8bit
+    answer = engine.answer(QUESTION, TEXTS, method=SpecPC(ratio=0.5), generation=SHORT)
+    assert answer.usage.completion_tokens > 0
+    ready = Compressor.load("builtin:draft", quantization=config, device="cpu", progress=False)
+    assert ready.model.is_loaded_in_4bit
 
 
 def test_names_that_do_not_exist_are_explained() -> None:

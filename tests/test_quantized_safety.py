@@ -10,11 +10,13 @@ from threading import Barrier
 
 import pytest
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from draftsieve import Engine, Generation, Quantization, SpecKV, SpecPC
 from draftsieve.core.config import Method
 from draftsieve.core.errors import ModelError
+from draftsieve.core.models.footprint import footprint
 from draftsieve.core.models.loading import fingerprint, load_model, resolve
 
 QUESTION = "Which badge was issued to Mira Tolen?"
@@ -138,6 +140,29 @@ def test_quantised_sessions_answer_like_a_new_reading(bits: int, tmp_path: Path)
     plain = Engine.load("builtin:target", device="cpu", progress=False)
     with pytest.raises(ModelError, match="quantisation"):
         plain.load_session(tmp_path)
+
+
+def test_the_footprint_counts_the_scales_of_4_bit_weights() -> None:
+    """64 weights share a float32 scale, or an 8-bit one that 256 share another float32 for."""
+    plain = load_model("builtin:target", device="cpu", progress=False).model
+    linear = [m.weight for n, m in plain.named_modules() if isinstance(m, nn.Linear)]
+    packed = sum(w.numel() for w in linear) - plain.get_output_embeddings().weight.numel()
+    found = {}
+    for double in (False, True):
+        loaded = load_model(
+            "builtin:target",
+            quantization=Quantization(bits=4, double_quant=double),
+            device="cpu",
+            dtype="float32",
+            progress=False,
+        )
+        found[double] = footprint(loaded.model)
+    assert footprint(plain) >= 4 * plain.num_parameters()
+    rest = footprint(plain) - 4 * packed  # embeddings, norms, buffers
+    blocks = packed // 64
+    few = 7 * 8 * 4096  # tables of code values, at most 4 kB a layer's matrix
+    assert 0 <= found[False] - (rest + packed // 2 + 4 * blocks) < few
+    assert 0 <= found[True] - (rest + packed // 2 + blocks + 4 * (blocks // 256)) < few
 
 
 def test_footprints_shrink_with_the_bits() -> None:

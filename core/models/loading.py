@@ -23,12 +23,15 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.utils import logging as transformers_logging
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..config import Quantization
 from ..errors import DraftSieveError, ModelError, ModelNotFoundError, OutOfMemoryError
+from .footprint import footprint
 from .gguf import SUFFIX, find_gguf, gguf_tokenizer, load_gguf, read_gguf
 
 logger = logging.getLogger(__name__)
+AnyQuantization = Quantization | QuantizationConfigMixin  # ours, or any of transformers'
 BUILTIN = "builtin:"
 _PROGRESS = Lock()
 _WARMING = Lock()
@@ -47,9 +50,11 @@ def load_model(
     name: str | Path,
     *,
     gguf_file: str | None = None,
-    quantization: Quantization | None = None,
+    revision: str | None = None,
+    quantization: AnyQuantization | None = None,
     device: str = "auto",
     dtype: str | torch.dtype = "auto",
+    attn_implementation: str | None = None,
     trust_remote_code: bool = False,
     progress: bool = True,
 ) -> LoadedModel:
@@ -59,9 +64,13 @@ def load_model(
         name: "builtin:target", "builtin:draft", a folder, a Hugging Face hub id, or a GGUF file
             (on disk, or in a hub repository as "owner/repository/file.gguf").
         gguf_file: Name of the GGUF file to take from the folder or the hub repository.
-        quantization: bitsandbytes weights, on CPU or CUDA; None for none.
+        revision: Branch, tag or commit of a hub repository; None for its default branch.
+        quantization: How weights are quantised while loading: a `Quantization`, or any of
+            transformers' configs (`BitsAndBytesConfig`, ...); None for as they are.
         device: "auto" (CUDA where present, else CPU), "cpu", "cuda", "cuda:1", ...
         dtype: "auto" is the checkpoint's own type on CUDA and float32 on CPU.
+        attn_implementation: "eager", "sdpa", "flash_attention_2", ...; None for the model's
+            default.
         trust_remote_code: Run code that a hub repository carries. Off unless you ask for it.
         progress: Show transformers' loading bars.
 
@@ -74,34 +83,39 @@ def load_model(
     place = pick_device(device)
     options: dict[str, Any] = {
         "dtype": pick_dtype(dtype, place),
-        "trust_remote_code": trust_remote_code,
         "use_safetensors": True,
         "device_map": {"": place},
+        "attn_implementation": attn_implementation,
     }
     if quantization is not None:
-        options["quantization_config"] = _bitsandbytes(quantization, options["dtype"])
+        options["quantization_config"] = _quantization_config(quantization, options["dtype"])
+    where = {"revision": revision, "trust_remote_code": trust_remote_code}
     work = f"loading {str(name)!r}"
     with explain_out_of_memory(work), _loading_errors(str(name)), _progress_bars(progress):
-        if (file := find_gguf(source, gguf_file)) is not None:
+        if (file := find_gguf(source, gguf_file, revision)) is not None:
             model, tokenizer = load_gguf(file, progress=progress, **options)
         else:
-            AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
-            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-            model = AutoModelForCausalLM.from_pretrained(source, **options)
+            AutoConfig.from_pretrained(source, **where)
+            tokenizer = AutoTokenizer.from_pretrained(source, **where)
+            model = AutoModelForCausalLM.from_pretrained(source, **where, **options)
     accept(model)
-    logger.info("Loaded %s on %s, %.0f MB", name, place, model.get_memory_footprint() / 1e6)
+    logger.info("Loaded %s on %s, %.0f MB", name, place, footprint(model) / 1e6)
     return LoadedModel(model, tokenizer, str(name))
 
 
 def load_tokenizer(
-    name: str | Path, *, gguf_file: str | None = None, trust_remote_code: bool = False
+    name: str | Path,
+    *,
+    gguf_file: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
 ) -> PreTrainedTokenizerBase:
     """The tokenizer alone; arguments and errors as for `load_model`."""
     with _loading_errors(str(name)):
-        if (file := find_gguf(resolve(name), gguf_file)) is not None:
+        if (file := find_gguf(resolve(name), gguf_file, revision)) is not None:
             return gguf_tokenizer(read_gguf(file))
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            resolve(name), trust_remote_code=trust_remote_code
+            resolve(name), revision=revision, trust_remote_code=trust_remote_code
         )
     return tokenizer
 
@@ -211,7 +225,7 @@ class explain_out_of_memory:  # noqa: N801, reads as a verb in `with`
             return
         work = self.work or getattr(error, "work", "")
         sizes = ", ".join(
-            f"{role} {model.get_memory_footprint() / 1e6:.0f} MB"
+            f"{role} {footprint(model) / 1e6:.0f} MB"
             for role, model in self.models.items()
             if model is not None
         )
@@ -250,8 +264,12 @@ def _is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-def _bitsandbytes(options: Quantization, dtype: str | torch.dtype) -> BitsAndBytesConfig:
+def _quantization_config(
+    options: AnyQuantization, dtype: str | torch.dtype
+) -> QuantizationConfigMixin:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns at every int8 matmul
+    if isinstance(options, QuantizationConfigMixin):
+        return options
     if options.bits == 8:
         return BitsAndBytesConfig(load_in_8bit=True)
     compute = dtype if isinstance(dtype, torch.dtype) else torch.bfloat16
