@@ -12,6 +12,7 @@ from transformers import DynamicCache
 
 from draftsieve import Engine, Generation, Prompt, SpecPC
 from draftsieve.core.errors import ModelError, OutOfMemoryError, PromptError
+from draftsieve.core.generation.sampling import Sampler
 from draftsieve.core.models.loading import explain_out_of_memory
 
 from .adapters_fixtures import QUESTION, TEXTS, tiny_engine, tiny_model, tiny_tokenizer
@@ -116,10 +117,9 @@ def test_sampling_follows_the_targets_distribution() -> None:
     ids = torch.arange(5, 25)
     with torch.no_grad():
         logits = engine.target(input_ids=ids.unsqueeze(0)).logits[0, -1]
-    from draftsieve.core.generation.decode import _Sampler
 
     options = Generation(temperature=2.0, top_k=6, seed=1)
-    sampler = _Sampler(ids, options)
+    sampler = Sampler(ids, options)
     sampler.seen = []
     counts = torch.zeros_like(logits)
     for _ in range(draws):

@@ -14,7 +14,8 @@ from transformers.cache_utils import DynamicLayer
 from draftsieve import Engine, Generation, Prompt, Quantization, SpecKV, SpecPC
 from draftsieve.core.config import DraftKind
 from draftsieve.core.errors import ModelError
-from draftsieve.core.generation.decode import _Sampler, next_tokens
+from draftsieve.core.generation.decode import next_tokens
+from draftsieve.core.generation.sampling import Sampler
 from draftsieve.core.generation.speculative.drafters.tree import EMPTY, TokenTree
 from draftsieve.core.generation.speculative.tree_attention import TreeReader, obstacle
 from draftsieve.core.generation.speculative.verify import Speculation, Tally, verified_tokens
@@ -243,7 +244,7 @@ def test_verified_tokens_follow_the_plain_distribution(
     """
     draws, size = 20_000, 4
     table = torch.tensor([[2.0, 1.0, 0.5, 0.0], [0.0, 1.5, 1.0, 0.2], [1, 1, 1, 1], [0, 2, 0, 1.0]])
-    processors = _Sampler(torch.tensor([0]), options).processors
+    processors = Sampler(torch.tensor([0]), options).processors
     ids = torch.zeros(size, 1, dtype=torch.int64)
     chances = processors(ids, table).softmax(-1)  # type: ignore[arg-type]
     rows = torch.stack([_distribution(row, options) for row in table])  # (last, next)

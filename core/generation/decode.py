@@ -1,43 +1,79 @@
 """Target decoding: one loop for greedy and sampled answers, alone or in left-padded batches.
 
 Our own loop instead of `model.generate`: each row draws from its own seeded generator (so a
-request's output does not depend on what runs beside it), a consumer cancels by closing the
-iterator, and nothing global is touched.
+request's output does not depend on what runs beside it), a row leaves the batch when it is
+finished, a consumer cancels by closing the iterator, and nothing global is touched.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import cast
 
 import torch
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
-from transformers import (
-    Cache,
-    LogitsProcessorList,
-    MinPLogitsWarper,
-    PreTrainedModel,
-    RepetitionPenaltyLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers import PreTrainedModel
 
 from ..config import Generation
 from ..kv_cache.layers import attending
 from ..kv_cache.prefill import Start, from_scratch
 from ..runtime.deadline import check_deadline
 from .constrained import Constraint
+from .sampling import Sampler
 from .speculative.tree_attention import TreeReader, obstacle
 from .speculative.verify import Speculation, verified_tokens
+
+
+class Batch:
+    """Rows that a model continues side by side; the KV cache lives as long as the batch.
+
+    Args:
+        model: The target.
+        start: Its cache, and what each row feeds next.
+        samplers: One for each row.
+    """
+
+    def __init__(self, model: PreTrainedModel, start: Start, samplers: Sequence[Sampler]) -> None:
+        self.model, self.cache, self.samplers = model, start.cache, list(samplers)
+        self.feed, self.mask, self.positions = start.feed, start.mask, start.positions
+
+    def step(self) -> list[int]:
+        """Read what each row feeds, and choose its next token."""
+        check_deadline()
+        with torch.no_grad(), attending(self.model, self.cache):
+            logits = self.model(
+                input_ids=self.feed,
+                attention_mask=self.mask,
+                position_ids=self.positions,
+                past_key_values=self.cache,
+                use_cache=True,
+                logits_to_keep=1,
+            ).logits[:, -1]  # (batch, vocabulary)
+        chosen = [sampler.choose(row) for sampler, row in zip(self.samplers, logits, strict=True)]
+        self.feed = torch.tensor(chosen, device=self.mask.device).unsqueeze(1)
+        self.mask = torch.cat([self.mask, torch.ones_like(self.mask[:, :1])], dim=1)
+        self.positions = self.positions[:, -1:] + 1
+        return chosen
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Let only some rows go on; the others' share of the cache is freed."""
+        if len(rows) == len(self.samplers):
+            return
+        places = torch.tensor(rows, device=self.mask.device)
+        # it selects too, and every kind of layer has it
+        self.cache.reorder_cache(cast(torch.LongTensor, places))
+        self.samplers = [self.samplers[row] for row in rows]
+        self.feed, self.mask = self.feed[places], self.mask[places]
+        self.positions = self.positions[places]
 
 
 def next_tokens(
     model: PreTrainedModel,
     prompts: Sequence[torch.Tensor],
-    generation: Generation | Sequence[Generation],
+    generation: Generation,
     start: Start | None = None,
     constraints: Sequence[Constraint | None] | None = None,
     speculation: Speculation | None = None,
@@ -47,8 +83,8 @@ def next_tokens(
     Args:
         model: The target.
         prompts: One (tokens,) int64 tensor per row.
-        generation: Sampling options, of all rows or one for each; the largest `max_new_tokens`
-            bounds the steps, end tokens do not.
+        generation: Sampling options of all rows; `max_new_tokens` bounds the steps, end tokens do
+            not.
         start: A prefilled cache; None reads the prompts.
         constraints: Where each row stands in its grammar, or None for rows without one.
         speculation: Drafts for a single row; where the model or the cache cannot verify them, its
@@ -57,104 +93,31 @@ def next_tokens(
     Yields:
         The next token of every row.
     """
-    start = start or from_scratch(model, prompts)
-    options = _each(generation, len(prompts))
     grammars = constraints or [None] * len(prompts)
-    samplers = [_Sampler(*row) for row in zip(prompts, options, grammars, strict=True)]
-    feed, mask, positions = start.feed, start.mask, start.positions
-    steps = max(row.max_new_tokens for row in options)
-    for step in range(steps):
-        check_deadline()
-        with torch.no_grad(), attending(model, start.cache):
-            logits = model(
-                input_ids=feed,
-                attention_mask=mask,
-                position_ids=positions,
-                past_key_values=start.cache,
-                use_cache=True,
-                logits_to_keep=1,
-            ).logits[:, -1]  # (batch, vocabulary)
-        chosen = [sampler.choose(row) for sampler, row in zip(samplers, logits, strict=True)]
-        yield chosen
-        if speculation is not None and _can_verify(model, start.cache, speculation):
-            reader = TreeReader(model, start.cache, mask)
-            said = prompts[0].tolist()
-            rest = verified_tokens(
-                reader, samplers[0].choose, speculation, said, chosen[0], steps - 1
-            )
-            for token in rest:
-                yield [token]
-            return
-        if step + 1 < steps:
-            feed = torch.tensor(chosen, device=mask.device).unsqueeze(1)
-            mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
-            positions = positions[:, -1:] + 1
+    samplers = [Sampler(p, generation, c) for p, c in zip(prompts, grammars, strict=True)]
+    batch = Batch(model, start or from_scratch(model, prompts), samplers)
+    yield from _tokens(batch, generation.max_new_tokens, prompts[0], speculation)
 
 
-def _can_verify(model: PreTrainedModel, cache: Cache, speculation: Speculation) -> bool:
-    speculation.tally.note = speculation.tally.note or obstacle(model, cache)
-    return speculation.tally.note is None
+def _tokens(
+    batch: Batch, limit: int, prompt: torch.Tensor, speculation: Speculation | None
+) -> Generator[list[int]]:
+    """The next token of every row that is in the batch when its step comes."""
+    yield (chosen := batch.step())
+    if speculation is not None and _can_verify(batch, speculation):
+        reader = TreeReader(batch.model, batch.cache, batch.mask[:, :-1])
+        choose, said = batch.samplers[0].choose, prompt.tolist()
+        for token in verified_tokens(reader, choose, speculation, said, chosen[0], limit - 1):
+            yield [token]
+        return
+    for _ in range(limit - 1):
+        yield batch.step()
 
 
-def _each(generation: Generation | Sequence[Generation], rows: int) -> Sequence[Generation]:
-    return [generation] * rows if isinstance(generation, Generation) else generation
-
-
-class _Sampler:
-    """Chooses one row's tokens with transformers' logits processors and its own generator."""
-
-    def __init__(
-        self, prompt: torch.Tensor, options: Generation, constraint: Constraint | None = None
-    ) -> None:
-        self.constraint = constraint
-        self.greedy = options.temperature == 0.0
-        self.processors = _processors(options)
-        self.seen = prompt.tolist() if self.processors else []
-        self.generator = torch.Generator()
-        if options.seed is None:
-            self.generator.seed()
-        else:
-            self.generator.manual_seed(options.seed)
-
-    def choose(self, logits: torch.Tensor) -> int:
-        """Args: logits (vocabulary,). Returns: a token id."""
-        if self.constraint is None:
-            return self._pick(logits)
-        token = self._pick(self.constraint.mask(logits))
-        self.constraint.accept(token)
-        return token
-
-    def _pick(self, logits: torch.Tensor) -> int:
-        if self.greedy and not self.processors:
-            return int(logits.argmax())
-        scores = logits.float().cpu().unsqueeze(0)  # (1, vocabulary)
-        if self.processors:
-            seen = cast(torch.LongTensor, torch.tensor([self.seen]))
-            scores = self.processors(seen, cast(torch.FloatTensor, scores))
-        if self.greedy:
-            token = int(scores.argmax())
-        else:
-            token = int(torch.multinomial(scores.softmax(-1), 1, generator=self.generator))
-        if self.processors:
-            self.seen.append(token)
-        return token
-
-
-def _processors(options: Generation) -> LogitsProcessorList:
-    chain = LogitsProcessorList()
-    if options.repetition_penalty != 1.0:
-        chain.append(RepetitionPenaltyLogitsProcessor(penalty=options.repetition_penalty))
-    if options.temperature == 0.0:
-        return chain
-    if options.temperature != 1.0:
-        chain.append(TemperatureLogitsWarper(options.temperature))
-    if options.top_k > 0:
-        chain.append(TopKLogitsWarper(top_k=options.top_k))
-    if options.top_p < 1.0:
-        chain.append(TopPLogitsWarper(top_p=options.top_p))
-    if options.min_p > 0.0:
-        chain.append(MinPLogitsWarper(min_p=options.min_p))
-    return chain
+def _can_verify(batch: Batch, speculation: Speculation) -> bool:
+    tally = speculation.tally
+    tally.note = tally.note or obstacle(batch.model, batch.cache)
+    return tally.note is None
 
 
 @dataclass(slots=True)
@@ -177,8 +140,6 @@ class RowText:
 
     def push(self, token: int) -> str:
         """Take the next token and return the text that is now certain (often empty)."""
-        if self.finish_reason is not None:
-            return ""
         self.tokens += 1
         if token in self.ends:
             return self._finish("stop")
@@ -214,18 +175,28 @@ class RowText:
 def decode_text(
     model: PreTrainedModel,
     prompts: Sequence[torch.Tensor],
-    generation: Generation | Sequence[Generation],
+    generation: Sequence[Generation],
     rows: Sequence[RowText],
     start: Start | None = None,
     speculation: Speculation | None = None,
 ) -> Iterator[list[str]]:
-    """Generate until every row is finished; yields each row's new text at every step."""
-    grammars = [row.constraint for row in rows]
-    steps = next_tokens(model, prompts, generation, start, grammars, speculation)
-    try:
+    """Generate until every row is finished; yields each row's new text at every step.
+
+    A finished row leaves the batch: it is fed no further, and its grammar stays where it is.
+    """
+    each = zip(prompts, generation, rows, strict=True)
+    samplers = [Sampler(prompt, options, row.constraint) for prompt, options, row in each]
+    batch = Batch(model, start or from_scratch(model, prompts), samplers)
+    places = list(range(len(rows)))  # of the rows that are still in the batch
+    limit = max(options.max_new_tokens for options in generation)
+    with closing(_tokens(batch, limit, prompts[0], speculation)) as steps:
         for chosen in steps:
-            yield [row.push(token) for row, token in zip(rows, chosen, strict=True)]
-            if all(row.finish_reason is not None for row in rows):
+            pieces = [""] * len(rows)
+            for place, token in zip(places, chosen, strict=True):
+                pieces[place] = rows[place].push(token)
+            yield pieces
+            going = [i for i, place in enumerate(places) if rows[place].finish_reason is None]
+            if not going:
                 return
-    finally:
-        steps.close()  # type: ignore[attr-defined]
+            batch.keep(going)
+            places = [places[i] for i in going]

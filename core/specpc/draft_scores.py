@@ -154,7 +154,8 @@ def _look_ahead(
             if not active.any():
                 break
             check_deadline()
-            seen = torch.cat([seen, torch.ones_like(seen[:, :1])], dim=1)
+            # what a finished row is fed counts as padding: its position stands still
+            seen = torch.cat([seen, active.unsqueeze(1)], dim=1)
             if scoring is not None:
                 scoring.rows.weights, scoring.rows.padding = active.float().unsqueeze(1), seen
             logits = model(
