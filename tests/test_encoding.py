@@ -16,6 +16,7 @@ from draftsieve.core.prompt.messages import Prompt
 from draftsieve.core.types import Segment
 from examples.benchmarks.hostile import CONTROLS as EVIL
 
+from . import tiny_gguf
 from .tokenizer_styles import CORPUS, STYLES, chatml, gemma, llama3, phi3, unigram, wordpiece
 
 NO_SYSTEM = {"gemma"}  # their templates refuse it
@@ -379,3 +380,27 @@ def with_template(tokenizer: PreTrainedTokenizerFast, template: str) -> PreTrain
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer.backend_tokenizer, chat_template=template, **named
     )
+
+
+@pytest.mark.parametrize(
+    ("before", "shown"),
+    [
+        ([], ""),
+        ([("system", "")], ""),
+        ([("system", "Be brief.")], "Be brief."),
+        ([("developer", "Be brief.")], "Be brief."),
+        ([("user", "Hello"), ("assistant", "Yes?"), ("system", "Be brief.")], ""),
+    ],
+)
+def test_no_template_adds_a_system_text_of_its_own(
+    before: list[tuple[str, str]], shown: str
+) -> None:
+    tokenizer = tiny_gguf.tokenizer()
+    turns = [*before, ("user", "Who?")]
+    messages = [{"role": role, "content": text} for role, text in turns]
+    assert tiny_gguf.DEFAULT_SYSTEM in tokenizer.apply_chat_template(messages[-1:], tokenize=False)
+    ids = PromptEncoder(tokenizer).encode(Prompt.from_messages(messages)).ids
+    own = {"role": "system", "content": shown}
+    rest = messages[1:] if messages[0]["role"] in ("system", "developer") else messages
+    assert ids.tolist() == reference(tokenizer, [own, *rest])
+    assert tiny_gguf.DEFAULT_SYSTEM not in tokenizer.decode(ids)

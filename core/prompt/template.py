@@ -18,6 +18,7 @@ import re
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -92,6 +93,8 @@ class ChatTemplate:
         tools = prompt.tools
         if not self._knows_tools and (tools or any(t.extra.get("tool_calls") for t in turns)):
             turns, tools = in_plain_words(turns, tools), None
+        if self._adds_system:
+            turns = _own_system(turns)
         try:
             return self._render_turns(turns, tools)
         except PromptError:
@@ -105,10 +108,14 @@ class ChatTemplate:
         """Apply the chat template to placeholders and cut the result into pieces."""
         marks = _Marks(turns, self._control)
         messages = [marks.message(index, turn) for index, turn in enumerate(turns)]
+        masked = None if tools is None else marks.masked(list(tools))
+        return list(marks.cut(self._apply(messages, masked)))
+
+    def _apply(self, messages: list[dict[str, Any]], tools: Any = None) -> str:
         try:
             rendered = self._tokenizer.apply_chat_template(
                 messages,
-                tools=None if tools is None else marks.masked(list(tools)),
+                tools=tools,
                 chat_template=self._template,
                 tokenize=False,
                 add_generation_prompt=True,
@@ -118,7 +125,20 @@ class ChatTemplate:
             raise PromptError(
                 f"The tokenizer's chat template refuses these messages: {error}"
             ) from error
-        return list(marks.cut(str(rendered)))
+        return str(rendered)
+
+    @cached_property
+    def _adds_system(self) -> bool:
+        """Whether the template writes a text of its own where there is no system text."""
+        system, user = {"role": "system", "content": "SYS"}, {"role": "user", "content": "USR"}
+        try:
+            with_system, without = self._apply([system, user]), self._apply([user])
+        except PromptError:
+            return False
+        head, _, between = with_system.partition("USR")[0].partition("SYS")
+        start = without.partition("USR")[0]
+        same = start.startswith(head) and start.endswith(between)
+        return same and len(start) > len(head) + len(between)
 
 
 class _Marks:
@@ -136,7 +156,7 @@ class _Marks:
     def message(self, index: int, turn: Message) -> dict[str, Any]:
         """Turn `index` as the template gets it."""
         mark = f"{_LINES}{_EDGE}{self._stem}t{index}e{_EDGE}{_LINES}"
-        content = mark if self._texts[index] else ""
+        content = mark if turn.parts else ""
         return {"role": turn.role, "content": content, **self.masked(dict(turn.extra))}
 
     def masked(self, value: Any) -> Any:
@@ -218,6 +238,14 @@ def _quoted(piece: Piece) -> Piece:
     lengths = [len(json.dumps(char, ensure_ascii=False)) - 2 for char in piece.text]
     origin = np.repeat(np.arange(len(lengths)), np.array(lengths, dtype=np.int64))
     return piece._replace(text=json.dumps(piece.text, ensure_ascii=False)[1:-1], origin=origin)
+
+
+def _own_system(turns: Sequence[Message]) -> list[Message]:
+    """The turns behind a system message of their own, which may be empty."""
+    has_one = turns[0].role in SYSTEM_ROLES
+    first, rest = (turns[0], turns[1:]) if has_one else (Message("system", ()), turns)
+    parts = first.parts or (Part("", Segment.SYSTEM),)  # with a part it gets a placeholder
+    return [replace(first, role="system", parts=parts), *rest]
 
 
 def _merge_system(turns: Sequence[Message]) -> list[Message]:
