@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from enum import IntEnum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
+
+if TYPE_CHECKING:  # what only retrieves needs no torch
+    import torch
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +62,8 @@ class TensorValue:
 
 def _equal(ours: Any, theirs: Any) -> bool:
     """Equality of two fields, which may be tensors, arrays or sequences of them."""
+    import torch
+
     if isinstance(ours, torch.Tensor) and isinstance(theirs, torch.Tensor):
         alike = (ours.dtype, ours.device) == (theirs.dtype, theirs.device)
         return alike and torch.equal(ours, theirs)

@@ -14,8 +14,8 @@ import numpy as np
 from ..core.errors import PromptError
 from ..core.specpc.bm25 import words
 from ..core.types import Passage
+from .errors import FolderError
 from .extras import require
-from .folder import FolderError
 
 _PASSAGES, _OPTIONS, _FORMAT = "passages.jsonl", "index.json", 2
 

@@ -1,156 +1,136 @@
-"""A folder of text files as passages."""
+"""A folder of documents as passages."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
+import logging
+from bisect import bisect
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from ..core.errors import DraftSieveError
+from ..core.errors import MissingExtraError
 from ..core.types import Passage
+from .chunks import LIMIT, paragraphs
+from .documents import FALLBACK, READERS, Document, read_document
+from .errors import DocumentError, FolderError
 
-SUFFIXES = (".md", ".markdown", ".txt")
-LIMIT = 1200  # characters
-Bounds = tuple[int, int]  # character start and end (exclusive)
-
-_LINE = re.compile(r"[^\n]*\n?")
-_HEADING = re.compile(r"#{1,6}\s")
-_FENCES = ("```", "~~~")
-_BREAKS = (re.compile(r"\n"), re.compile(r"(?<=[.!?。!?])\s+"), re.compile(r"\s+"))
+logger = logging.getLogger(__name__)
+_NAMED = 3  # files that a warning names
 
 
-class FolderError(DraftSieveError, ValueError):
-    """A folder has no documents that can be read."""
+@dataclass(frozen=True, slots=True)
+class Skipped:
+    """A file that was not read: its place below the folder, and why."""
+
+    source: str
+    reason: str
 
 
-def read_folder(path: str | Path, *, limit: int = LIMIT) -> list[Passage]:
-    """Read every text and Markdown file below a folder.
+def read_folder(
+    path: str | Path, *, limit: int = LIMIT, on_skip: Callable[[Skipped], object] | None = None
+) -> list[Passage]:
+    """Read the documents below a folder.
+
+    Plain text, Markdown and reStructuredText stay as they are, but for the line breaks inside a
+    wrapped paragraph, which become spaces. HTML becomes Markdown (extra `[retrieval]`), a row of a
+    CSV or TSV table and a record of a JSON or JSONL file a paragraph of "name: value" pairs, PDF
+    its text (extra `[docs-pdf]`). Text is UTF-8, UTF-16 with a byte order mark, or else taken for
+    Windows-1252, with a logged warning; a web page may name its encoding.
 
     Args:
         path: The folder; its subfolders are read too, hidden files and folders are not.
         limit: Most characters of a passage.
+        on_skip: Called with every file that is not read: of another kind, broken, locked, without
+            text, or of a kind whose extra is not installed. None logs them: one warning for each
+            kind and reason, every file at level INFO.
 
     Returns:
         Passages in the order of the files' names. A passage's id is "handbook/leave.md#3", the
         file below the folder and the passage's number in it from 1; its metadata has "source"
-        (the file below the folder), "start" and "end" (characters of the file's text).
+        (the file below the folder), "start" and "end" (characters of the file's text, or of the
+        text it became), and for a PDF "page", from 1, on which it starts.
 
     Raises:
-        FolderError: The folder is missing, is no folder, holds no text, or holds files that are
-            not UTF-8 (all of them are named).
+        FolderError: The folder is missing, is no folder, or holds no text.
     """
     folder = Path(path)
     if not folder.is_dir():
         state = "is a file, not a folder" if folder.exists() else "does not exist"
         raise FolderError(f"{str(folder)!r} {state}: give a folder with {_kinds()} files.")
-    texts, undecodable = {}, []
+    passages: list[Passage] = []
+    skipped: list[Skipped] = []
+    guessed: list[str] = []
     for file in _files(folder):
         source = file.relative_to(folder).as_posix()
         try:
-            texts[source] = file.read_text(encoding="utf-8-sig")
-        except UnicodeDecodeError:
-            undecodable.append(source)
-    if undecodable:
-        raise FolderError(
-            f"Not UTF-8 text: {', '.join(undecodable)}. Convert or remove what is named here."
-        )
-    passages = [p for source, text in texts.items() for p in _passages(source, text, limit)]
+            document = _read(file)
+        except (DocumentError, MissingExtraError, OSError) as error:
+            skipped.append(Skipped(source, str(error)))
+            continue
+        passages += _passages(source, document, limit)
+        if document.encoding == FALLBACK:
+            guessed.append(source)
+    if guessed:
+        logger.warning("Not UTF-8 and taken for Windows-1252: %s.", _some(guessed))
     if not passages:
-        raise FolderError(f"{str(folder)!r} holds no text: put {_kinds()} files into it.")
+        found = " ".join(["", *_told(skipped)])
+        raise FolderError(f"{str(folder)!r} holds no text: put {_kinds()} files into it.{found}")
+    if on_skip is None:
+        _log(skipped)
+    else:
+        for each in skipped:
+            on_skip(each)
     return passages
 
 
-def paragraphs(text: str, *, limit: int = LIMIT) -> list[Bounds]:
-    """Cut a text into chunks of whole paragraphs.
-
-    A Markdown heading starts a new chunk and stays with what follows it. Neighbouring paragraphs
-    share a chunk while they fit. A longer paragraph is cut at a line break, else at the end of a
-    sentence, else at a space, else anywhere.
-
-    Args:
-        text: Any text.
-        limit: Most characters of a chunk.
-
-    Returns:
-        Character spans, ascending, without surrounding whitespace; together they hold every
-        other character.
-
-    Raises:
-        FolderError: The limit is below 1.
-    """
-    if limit < 1:
-        raise FolderError(f"The limit is {limit} characters: give at least 1.")
-    chunks: list[Bounds] = []
-    previous_is_heading = False
-    for start, end, is_heading in _blocks(text):
-        joins = chunks and end - chunks[-1][0] <= limit
-        if joins and (previous_is_heading or not is_heading):
-            chunks[-1] = (chunks[-1][0], end)
-        else:
-            chunks.extend(_cut(text, start, end, limit))
-        previous_is_heading = is_heading
-    return chunks
-
-
 def _kinds() -> str:
-    return ", ".join(SUFFIXES)
+    return ", ".join(READERS)
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    """Text files below the folder, hidden ones left out, by name."""
+    """Files below the folder, hidden ones left out, by name."""
     for file in sorted(folder.rglob("*"), key=lambda f: f.relative_to(folder).as_posix()):
         hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
-        if file.suffix.lower() in SUFFIXES and not hidden and file.is_file():
+        if not hidden and file.is_file():
             yield file
 
 
-def _passages(source: str, text: str, limit: int) -> Iterator[Passage]:
-    for number, (start, end) in enumerate(paragraphs(text, limit=limit), start=1):
-        metadata = {"source": source, "start": start, "end": end}
-        yield Passage(text[start:end], f"{source}#{number}", metadata)
+def _read(file: Path) -> Document:
+    if file.suffix.lower() not in READERS:
+        raise DocumentError("there is no reader for this kind")
+    document = read_document(file)
+    if not document.text.strip():
+        scan = " (a scan?)" if document.pages else ""
+        raise DocumentError(f"there is no text in it{scan}")
+    return document
 
 
-def _blocks(text: str) -> Iterator[tuple[int, int, bool]]:
-    """Paragraphs as start, end, and whether it is a heading; fenced code is one paragraph."""
-    start = end = -1
-    fenced = False
-    for line in _LINE.finditer(text):
-        words = line.group().strip()
-        is_heading = not fenced and _HEADING.match(words) is not None
-        if start >= 0 and (is_heading or not (words or fenced)):
-            yield start, end, False
-            start = -1
-        first = line.start() + line.group().find(words)
-        if is_heading:
-            yield first, first + len(words), True
-        elif words:
-            start, end = first if start < 0 else start, first + len(words)
-        fenced ^= words.startswith(_FENCES)
-    if start >= 0:
-        yield start, end, False
+def _passages(source: str, document: Document, limit: int) -> Iterator[Passage]:
+    for number, (start, end) in enumerate(paragraphs(document.text, limit=limit), start=1):
+        metadata: dict[str, str | int] = {"source": source, "start": start, "end": end}
+        if document.pages:
+            metadata["page"] = bisect(document.pages, start)
+        yield Passage(document.text[start:end], f"{source}#{number}", metadata)
 
 
-def _cut(text: str, start: int, end: int, limit: int) -> Iterator[Bounds]:
-    """Spans of at most `limit` characters that hold all but whitespace of text[start:end]."""
-    while end - start > limit:
-        first, after = _last_break(text, start, start + limit)
-        yield start, first
-        start = after
-    if start < end:
-        yield start, end
+def _log(skipped: Sequence[Skipped]) -> None:
+    for sentence in _told(skipped):
+        logger.warning("%s", sentence)
+    for each in skipped:
+        logger.info("Not read: %s (%s).", each.source, each.reason)
 
 
-def _last_break(text: str, start: int, stop: int) -> Bounds:
-    """Where a chunk of text[start:stop] ends, and where the next one begins."""
-    for pattern in _BREAKS:
-        found = [m for m in pattern.finditer(text, start, stop + 1) if m.start() > start]
-        if found:
-            first = start + len(text[start : found[-1].start()].rstrip())
-            return first, _skip_spaces(text, found[-1].end())
-    return stop, stop
+def _told(skipped: Sequence[Skipped]) -> Iterator[str]:
+    """A sentence for the files of each kind and reason."""
+    groups = defaultdict(list)
+    for each in skipped:
+        groups[Path(each.source).suffix.lower(), each.reason].append(each.source)
+    for (suffix, reason), sources in groups.items():
+        count = f"{len(sources)} {suffix or 'other'} file{'s' if len(sources) > 1 else ''}"
+        yield f"{count} not read: {reason}: {_some(sources)}."
 
 
-def _skip_spaces(text: str, start: int) -> int:
-    while start < len(text) and text[start].isspace():
-        start += 1
-    return start
+def _some(sources: Sequence[str]) -> str:
+    more = f" and {len(sources) - _NAMED} more" if len(sources) > _NAMED else ""
+    return ", ".join(sources[:_NAMED]) + more

@@ -55,6 +55,10 @@ def test_importing_the_package_is_light() -> None:
     assert not {"torch", "transformers"} & _imported_by("import draftsieve")
 
 
+def test_retrieving_needs_no_torch() -> None:
+    assert "torch" not in _imported_by("import draftsieve.retrievers, draftsieve.integrations.cli")
+
+
 def test_the_core_imports_no_framework() -> None:
     loaded = _imported_by("import draftsieve.core.engine")
     assert "torch" in loaded

@@ -172,7 +172,7 @@ def _retrieve(folder: Path, question: str, top_k: int) -> list[Passage]:
 def _read_file(name: str) -> tuple[str, list[Passage]]:
     """A file, or standard input for "-", and its paragraphs as passages."""
     from ...core.types import Passage
-    from ...retrievers.folder import paragraphs
+    from ...retrievers.chunks import paragraphs
 
     label = "stdin" if name == "-" else name
     data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
