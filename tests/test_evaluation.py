@@ -154,14 +154,14 @@ def test_the_article_is_whole_and_its_offsets_are_right() -> None:
 
 def test_read_article_trims_answers_and_skips_unanswerable_questions(tmp_path: Path) -> None:
     asked = [
-        {"id": "1", "question": "who?", "answers": [{"text": " Bob ", "answer_start": 3}]},
+        {"id": "1", "question": "who?", "answers": [{"text": " Bob ", "answer_start": 4}]},
         {"id": "2", "question": "why?", "answers": []},
     ]
     path = tmp_path / "article.json"
     content = {"data": [{"title": "t", "paragraphs": [{"context": "It's Bob .", "qas": asked}]}]}
     path.write_text(json.dumps(content), encoding="utf-8")
     article = read_article(path)
-    assert article.questions == (Question("1", "who?", 0, (AcceptedAnswer("Bob", 4, 7),)),)
+    assert article.questions == (Question("1", "who?", 0, (AcceptedAnswer("Bob", 5, 8),)),)
 
 
 def test_samples_are_seeded_and_in_order() -> None:

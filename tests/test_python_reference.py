@@ -127,7 +127,7 @@ def test_an_answer_that_left_the_sentence_is_noticed() -> None:
 def test_a_file_of_another_form_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "questions.jsonl"
     path.write_text('{"id": "x", "question": "Why?"}\n', encoding="utf-8")
-    with pytest.raises(PromptError, match="not a file of questions about the reference"):
+    with pytest.raises(PromptError, match=r"Line 1 of .* is not a question about the reference"):
         read_reference(path)
 
 

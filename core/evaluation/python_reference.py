@@ -6,7 +6,6 @@ Where a Python's text says something in other words, the questions concerned are
 
 from __future__ import annotations
 
-import json
 import logging
 import platform
 import re
@@ -15,15 +14,15 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from ..errors import PromptError
 from ..specpc.units import sentence_spans
 from ..types import Passage
-from .realtext.collection import Collection, RealQuestion, occurrences
+from .realtext.collection import Collection, RealQuestion, occurrences, read_lines
 from .realtext.cutting import cut
 from .tasks import Place
 
 logger = logging.getLogger(__name__)
 NAME = "python"
+_FORM = "a question about the reference (id, question, answer, variants, kind, evidence)"
 _WIDTH = 70  # where Sphinx breaks the lines of the topics
 _SAID = 60  # a paragraph this long is kept once, in the shortest topic that has it
 _UNDERLINE = re.compile(r"^(.+)\n([*=\-^~])\2{2,}$", re.MULTILINE)
@@ -48,30 +47,18 @@ def read_reference(path: str | Path, topics: Mapping[str, str] | None = None) ->
         PromptError: The file has another form.
     """
     passages = reference_passages(_topics() if topics is None else topics)
-    questions: list[RealQuestion] = []
-    left_out: list[tuple[str, str]] = []
-    for line in Path(path).read_text(encoding="utf-8").splitlines():
-        try:
-            row = json.loads(line)
-            found = _question(row, passages)
-        except (KeyError, TypeError, ValueError) as error:
-            raise PromptError(
-                f"{str(path)!r} is not a file of questions about the reference, one JSON object a "
-                f"line with id, question, answer, variants, kind, evidence: {error!r} in {line!r}."
-            ) from error
-        if isinstance(found, str):
-            left_out.append((row["id"], found))
-        else:
-            questions.append(found)
+    rows = read_lines(path, _FORM, lambda row: (str(row["id"]), _question(row, passages)))
+    questions = tuple(found for _, found in rows if isinstance(found, RealQuestion))
+    left_out = tuple((name, found) for name, found in rows if isinstance(found, str))
     if left_out:
         logger.warning(
             "%d of %d questions cannot be asked of Python %s's reference, whose text differs: %s",
             len(left_out),
-            len(left_out) + len(questions),
+            len(rows),
             platform.python_version(),
             ", ".join(f"{name} ({reason})" for name, reason in left_out),
         )
-    return Collection(NAME, passages, tuple(questions), tuple(left_out))
+    return Collection(NAME, passages, questions, left_out)
 
 
 def reference_passages(topics: Mapping[str, str]) -> tuple[Passage, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,10 +38,11 @@ class Question:
 
 @dataclass(frozen=True, slots=True)
 class Article:
-    """Paragraphs and the questions about them."""
+    """Paragraphs and the questions about them; `titles` has one entry a paragraph."""
 
     paragraphs: tuple[str, ...]
     questions: tuple[Question, ...]
+    titles: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,20 +72,28 @@ def read_article(path: str | Path) -> Article:
 def _read_article(content: Any) -> Article:
     paragraphs: list[str] = []
     questions: list[Question] = []
-    for entry in (paragraph for part in content["data"] for paragraph in part["paragraphs"]):
+    titles: list[str] = []
+    pairs = [(part, entry) for part in content["data"] for entry in part["paragraphs"]]
+    for part, entry in pairs:
+        context = entry["context"]
         for raw in entry["qas"]:
-            accepted = tuple(
-                _accepted(text, start)
-                for text, start in sorted({(a["text"], a["answer_start"]) for a in raw["answers"]})
-            )
+            given = sorted({(a["text"], a["answer_start"]) for a in raw["answers"]})
+            accepted = tuple(_accepted(context, *answer) for answer in given)
             if accepted:
-                questions.append(Question(raw["id"], raw["question"], len(paragraphs), accepted))
-        paragraphs.append(entry["context"])
-    return Article(tuple(paragraphs), tuple(questions))
+                name, text = str(raw["id"]), raw["question"]
+                questions.append(Question(name, text, len(paragraphs), accepted))
+        paragraphs.append(context)
+        titles.append(part.get("title") or context.partition("\n")[0])
+    return Article(tuple(paragraphs), tuple(questions), tuple(titles))
 
 
-def _accepted(text: str, start: int) -> AcceptedAnswer:
-    """An answer without the white space around it."""
+def _accepted(context: str, text: str, start: int) -> AcceptedAnswer:
+    """An answer without the white space around it, where it stands closest to where it shall."""
+    if not context.startswith(text, start):  # published offsets may be a few characters off
+        found = [match.start() for match in re.finditer(re.escape(text), context)]
+        if not found:
+            raise ValueError(f"the answer {text!r} does not stand in its paragraph")
+        start = min(found, key=lambda place: abs(place - start))
     first = start + len(text) - len(text.lstrip())
     return AcceptedAnswer(text.strip(), first, first + len(text.strip()))
 

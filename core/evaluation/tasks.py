@@ -57,7 +57,8 @@ class EvalItem:
 
     `answers` are all needed (`need="all"`) or alternatives (`need="any"`); so is `evidence`.
     `depth` is the place of the evidence, 0 at the start of the passages, 1 at their end.
-    `turns` is the conversation so far; the passages stand behind it.
+    `turns` is the conversation so far; the passages stand behind it. `kind` tells apart questions
+    of one task.
     """
 
     id: str
@@ -72,6 +73,7 @@ class EvalItem:
     question_first: bool = False
     system: str | None = DEFAULT_SYSTEM
     turns: tuple[Turn, ...] = ()
+    kind: str = ""
 
     def prompt(self) -> Prompt:
         """The request as the engine takes it."""
@@ -196,7 +198,7 @@ def make_item(
         answers,
         "all",
         evidence,
-        _depth(laid.passages, evidence),
+        mean_depth(laid.passages, evidence),
         question_first,
         system,
     )
@@ -230,7 +232,7 @@ def natural_items(
     for found in build_items(article, questions, score, counter, max_tokens=length, seed=seed):
         texts = tuple(passage.text for passage in found.passages)
         evidence = tuple(
-            _around(texts, Place(found.gold, answer.start, answer.end))
+            evidence_around(texts, Place(found.gold, answer.start, answer.end))
             for answer in found.question.answers
         )
         suffix = "-first" if question_first else ""
@@ -244,7 +246,7 @@ def natural_items(
                 tuple(sorted({answer.text for answer in found.question.answers})),
                 "any",
                 evidence,
-                _depth(texts, evidence[:1]),
+                mean_depth(texts, evidence[:1]),
                 question_first,
                 system,
             )
@@ -337,7 +339,7 @@ def _evidence(passages: Sequence[str], needle: Needle) -> Evidence:
     )
 
 
-def _around(passages: Sequence[str], value: Place) -> Evidence:
+def evidence_around(passages: Sequence[str], value: Place) -> Evidence:
     """A value with the sentence, or the sentences, that it touches."""
     spans = [
         (start, end)
@@ -349,7 +351,7 @@ def _around(passages: Sequence[str], value: Place) -> Evidence:
     return Evidence(value, Place(value.passage, start, end))
 
 
-def _depth(passages: Sequence[str], evidence: Sequence[Evidence]) -> float | None:
+def mean_depth(passages: Sequence[str], evidence: Sequence[Evidence]) -> float | None:
     """Mean place of the evidence as a share of the passages' characters."""
     if not evidence:
         return None

@@ -19,6 +19,35 @@ _PART = regex.compile(
 K1, B = 1.5, 0.75
 
 
+class Bm25:
+    """Texts that are searched many times.
+
+    Args:
+        texts: The documents, which also say how rare a word is.
+    """
+
+    def __init__(self, texts: Sequence[str]) -> None:
+        self._documents = [Counter(words(text)) for text in texts]
+        self._average = max(1.0, sum(map(Counter.total, self._documents)) / max(1, len(texts)))
+
+    def scores(self, question: str) -> list[float]:
+        """One score a text, 0 where no word of the question is shared."""
+        asked = words(question)
+        holders: dict[str, list[int]] = {word: [] for word in asked}
+        for place, document in enumerate(self._documents):
+            for word in holders.keys() & document.keys():
+                holders[word].append(place)
+        scores = [0.0] * len(self._documents)
+        for word in asked:
+            found = len(holders[word])
+            weight = math.log(1 + (len(scores) - found + 0.5) / (found + 0.5))
+            for place in holders[word]:
+                document = self._documents[place]
+                count, length = document[word], document.total() / self._average
+                scores[place] += weight * count / (count + K1 * (1 - B + B * length))
+        return scores
+
+
 def bm25(question: str, texts: Sequence[str]) -> list[float]:
     """BM25 with Lucene's inverse document frequency, over `words`.
 
@@ -29,21 +58,7 @@ def bm25(question: str, texts: Sequence[str]) -> list[float]:
     Returns:
         One score a text, 0 where no word is shared.
     """
-    documents = [Counter(words(text)) for text in texts]
-    average = max(1.0, sum(map(Counter.total, documents)) / max(1, len(documents)))
-    asked = words(question)
-    holders: dict[str, list[int]] = {word: [] for word in asked}
-    for place, document in enumerate(documents):
-        for word in holders.keys() & document.keys():
-            holders[word].append(place)
-    scores = [0.0] * len(documents)
-    for word in asked:
-        found = len(holders[word])
-        weight = math.log(1 + (len(documents) - found + 0.5) / (found + 0.5))
-        for place in holders[word]:
-            count, length = documents[place][word], documents[place].total() / average
-            scores[place] += weight * count / (count + K1 * (1 - B + B * length))
-    return scores
+    return Bm25(texts).scores(question)
 
 
 def words(text: str) -> list[str]:
