@@ -11,7 +11,8 @@ import torch
 
 from draftsieve import Compressor, Engine, Generation, Prompt, Quantization, SpecPC
 from draftsieve.core.errors import MissingExtraError, ModelError, ModelNotFoundError
-from draftsieve.core.models.loading import end_token_ids, load_model, load_tokenizer, resolve
+from draftsieve.core.models.loading import end_token_ids, load_model, load_tokenizer
+from draftsieve.core.models.names import resolve
 from draftsieve.core.prompt.encoder import PromptEncoder
 
 from . import tiny_gguf

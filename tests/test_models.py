@@ -15,7 +15,8 @@ from transformers.utils import logging as transformers_logging
 
 from draftsieve import Compressor, Engine, Generation, Quantization, SpecKV, SpecKVPC, SpecPC
 from draftsieve.core.errors import ModelError, ModelNotFoundError
-from draftsieve.core.models.loading import load_model, resolve
+from draftsieve.core.models.loading import load_model
+from draftsieve.core.models.names import resolve
 
 QUESTION = "Which badge was issued to Mira Tolen?"
 TEXTS = [

@@ -17,7 +17,8 @@ from draftsieve import Engine, Generation, Quantization, SpecKV, SpecPC
 from draftsieve.core.config import Method
 from draftsieve.core.errors import ModelError
 from draftsieve.core.models.footprint import footprint
-from draftsieve.core.models.loading import fingerprint, load_model, resolve
+from draftsieve.core.models.loading import fingerprint, load_model
+from draftsieve.core.models.names import resolve
 
 QUESTION = "Which badge was issued to Mira Tolen?"
 TEXTS = [

@@ -13,7 +13,7 @@ from transformers import BitsAndBytesConfig
 
 from draftsieve import Compressor, Quantization
 from draftsieve.core.errors import ModelNotFoundError
-from draftsieve.core.models.loading import resolve
+from draftsieve.core.models.names import resolve
 from draftsieve.core.models.shared import clear_loaded_models, shared_model
 
 

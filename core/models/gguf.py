@@ -33,10 +33,10 @@ from transformers import (
 from transformers.utils.hub import cached_file
 
 from ..errors import MissingExtraError, ModelError, ModelNotFoundError
+from .names import GGUF
 
 logger = logging.getLogger(__name__)
 
-SUFFIX = ".gguf"
 _CONTROL = 3  # token type: never to be spelled by text
 # What ends a turn, whether or not the file names it as its end token (as llama.cpp takes them).
 _TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>", "<|endoftext|>")
@@ -76,7 +76,7 @@ def find_gguf(name: str, gguf_file: str | None = None, revision: str | None = No
         return _in_folder(path, gguf_file)
     if gguf_file is None:
         *repository, file = name.split("/")
-        if len(repository) != 2 or not file.endswith(SUFFIX):
+        if len(repository) != 2 or not file.endswith(GGUF):
             return None
         name, gguf_file = "/".join(repository), file
     found = cached_file(name, gguf_file, revision=revision)
@@ -84,7 +84,7 @@ def find_gguf(name: str, gguf_file: str | None = None, revision: str | None = No
 
 
 def _in_folder(folder: Path, gguf_file: str | None) -> Path | None:
-    names = sorted(path.name for path in folder.glob(f"*{SUFFIX}"))
+    names = sorted(path.name for path in folder.glob(f"*{GGUF}"))
     if gguf_file is not None:
         if (folder / gguf_file).is_file():
             return folder / gguf_file

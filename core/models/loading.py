@@ -7,7 +7,6 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from threading import Lock
 from traceback import format_exception
@@ -28,11 +27,11 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ..config import Quantization
 from ..errors import DraftSieveError, ModelError, ModelNotFoundError, OutOfMemoryError
 from .footprint import footprint
-from .gguf import SUFFIX, find_gguf, gguf_tokenizer, load_gguf, read_gguf
+from .gguf import find_gguf, gguf_tokenizer, load_gguf, read_gguf
+from .names import resolve
 
 logger = logging.getLogger(__name__)
 AnyQuantization = Quantization | QuantizationConfigMixin  # ours, or any of transformers'
-BUILTIN = "builtin:"
 _PROGRESS = Lock()
 _WARMING = Lock()
 
@@ -118,33 +117,6 @@ def load_tokenizer(
             resolve(name), revision=revision, trust_remote_code=trust_remote_code
         )
     return tokenizer
-
-
-def resolve(name: str | Path) -> str:
-    """The folder of a bundled model, a folder or GGUF file on disk, or the name as it is.
-
-    Raises:
-        ModelNotFoundError: "builtin:..." names no bundled model, or a path is not there.
-    """
-    text = str(name)
-    if not text.strip():
-        raise ModelNotFoundError("The model name is empty: give a hub id, a folder or builtin:...")
-    if text.startswith(BUILTIN):
-        home = Path(str(files("draftsieve.core.builtin")))
-        folder = home / text.removeprefix(BUILTIN)
-        if not (folder / "config.json").is_file():
-            known = sorted(f"{BUILTIN}{p.parent.name}" for p in home.glob("*/config.json"))
-            raise ModelNotFoundError(f"There is no bundled model {text!r}; there are: {known}.")
-        return str(folder)
-    looks_local = isinstance(name, Path) or text.startswith((".", "/", "~"))
-    path = Path(text).expanduser()
-    if path.is_dir() or (path.is_file() and path.suffix == SUFFIX):
-        return str(path)
-    if looks_local or (text.endswith(SUFFIX) and text.count("/") != 2):
-        raise ModelNotFoundError(
-            f"The model {text!r} does not exist: give a folder or a GGUF file."
-        )
-    return text
 
 
 def pick_device(device: str) -> str:

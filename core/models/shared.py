@@ -9,7 +9,8 @@ from typing import Any, TypedDict, Unpack
 
 import torch
 
-from .loading import AnyQuantization, LoadedModel, load_model, pick_device, pick_dtype, resolve
+from .loading import AnyQuantization, LoadedModel, load_model, pick_device, pick_dtype
+from .names import resolve
 
 
 class LoadOptions(TypedDict, total=False):

@@ -96,7 +96,8 @@ def evaluate(arguments: argparse.Namespace) -> None:
     from ...core.evaluation.runner import TABLE, Grid, run
     from ...core.evaluation.shared import Bench
     from ...core.evaluation.tasks import INSTRUCTIONS
-    from ...core.models.loading import BUILTIN, load_model
+    from ...core.models.loading import load_model
+    from ...core.models.names import BUILTIN
     from ...core.prompt.messages import DEFAULT_SYSTEM
 
     if arguments.list:

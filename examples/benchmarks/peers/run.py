@@ -41,7 +41,8 @@ from draftsieve.core.evaluation.records import (
 from draftsieve.core.evaluation.shared import Bench, Case
 from draftsieve.core.evaluation.surprise import token_surprise
 from draftsieve.core.evaluation.tasks import EvalItem
-from draftsieve.core.models.loading import load_model, resolve
+from draftsieve.core.models.loading import load_model
+from draftsieve.core.models.names import resolve
 from draftsieve.core.speckv.evict import token_capacity
 
 RECORDS, REPORT = "peers.jsonl", "peers.md"
