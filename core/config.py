@@ -62,6 +62,9 @@ class SpecPC(Options):
             "sentence" or "passage", which never cuts a number, identifier or URL.
         unit_score: A sentence or passage counts as its best token ("max") or as the mean of its
             tokens ("mean").
+        language: ISO code ("de") of the passages' language, whose abbreviations and ordinals do
+            not end a sentence; None finds it for each passage by its frequent words or its
+            script, English rules being the fallback. Used with `unit="sentence"`.
         lexical_weight: Share in 0..1 of what a sentence or passage counts that comes from BM25,
             the words it has in common with the question; the draft's score makes up the rest, both
             as shares of the best one's. 0 asks the draft alone, as in the paper. Used with
@@ -98,6 +101,7 @@ class SpecPC(Options):
     weighted_query: bool = True
     unit: Unit = "token"
     unit_score: Pool = "max"
+    language: Annotated[str, Field(pattern="^[a-z]{2,3}$")] | None = None
     lexical_weight: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
     passage_floor: Annotated[int, Field(ge=0, strict=True)] = 0
     score_mass: Annotated[float, Field(gt=0.0, le=1.0)] | None = None

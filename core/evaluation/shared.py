@@ -33,6 +33,7 @@ _NOT_READ = {  # options that change what is kept, but not what the draft reads
     "neighbor_tokens": None,
     "unit": "token",
     "unit_score": "max",
+    "language": None,
     "lexical_weight": 0.0,
     "passage_floor": 0,
     "score_mass": None,

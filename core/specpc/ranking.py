@@ -128,7 +128,7 @@ def _units(
         return table.astype(np.int64), unit_of
     rows: list[tuple[int, int, int]] = []
     for index, text in enumerate(texts):
-        bounds = unit_spans(text, options.unit)
+        bounds = unit_spans(text, options.unit, options.language)
         places = np.nonzero(competing & (passage == index))[0]
         if not bounds or not len(places):
             continue
