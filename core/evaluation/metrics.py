@@ -8,6 +8,9 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import regex
+
+from ..specpc.bm25 import UNSPACED
 from ..specpc.fitting import merge_spans
 from .baselines import Kept
 from .tasks import EvalItem, Place
@@ -15,7 +18,8 @@ from .tasks import EvalItem, Place
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _CHAINS = frozenset({"two-hop", "three-hop"})
 _STEP = ": "  # between the values that an answer to a chain names
-_PUNCTUATION = str.maketrans("", "", string.punctuation)
+_PUNCTUATION = regex.compile(rf"[\p{{P}}{re.escape(string.punctuation)}]")
+_CHARACTER = regex.compile(rf"[{UNSPACED}]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,10 +44,10 @@ def score_answer(item: EvalItem, text: str) -> Score:
     found = [answer for answer in item.answers if _folded(answer) in _folded(text)]
     if item.need == "any":
         best = max(word_f1(text, answer) for answer in item.answers)
-        exact = any(_squad(text) == _squad(answer) for answer in item.answers)
+        exact = any(squad_form(text) == squad_form(answer) for answer in item.answers)
         return Score(exact, float(bool(found)), best)
     recall = len(found) / len(item.answers)
-    exact = _parts(text) == _parts(", ".join(item.answers))
+    exact = listed(text) == listed(", ".join(item.answers))
     return Score(exact, recall, word_f1(text, " ".join(item.answers)))
 
 
@@ -54,7 +58,7 @@ def normalised(text: str) -> str:
 
 def word_f1(text: str, answer: str) -> float:
     """F1 of the words that two texts share, by SQuAD's normalisation."""
-    left, right = _squad(text).split(), _squad(answer).split()
+    left, right = squad_form(text).split(), squad_form(answer).split()
     if not left or not right:
         return float(left == right)
     shared = sum((Counter(left) & Counter(right)).values())
@@ -87,7 +91,7 @@ def _inside(place: Place, kept: Sequence[Sequence[tuple[int, int]]]) -> bool:
     return any(start <= place.start and place.end <= end for start, end in kept[place.passage])
 
 
-def _parts(text: str) -> list[str]:
+def listed(text: str) -> list[str]:
     """Several answers, however they are joined and ordered."""
     return sorted(normalised(part) for part in re.split(r",\s+|\s+and\s+|\n", text.strip()))
 
@@ -96,7 +100,10 @@ def _folded(text: str) -> str:
     return " ".join(text.casefold().split())
 
 
-def _squad(text: str) -> str:
-    """SQuAD's normalisation: lower case, no punctuation, no articles, single spaces."""
-    plain = text.casefold().translate(_PUNCTUATION)
+def squad_form(text: str) -> str:
+    """SQuAD's normalisation: lower case, no punctuation, no articles, single spaces.
+
+    In scripts without spaces each character is a word.
+    """
+    plain = _CHARACTER.sub(r" \g<0> ", _PUNCTUATION.sub("", text.casefold()))
     return " ".join(_ARTICLES.sub(" ", plain).split())
