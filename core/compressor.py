@@ -11,29 +11,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .config import DEFAULT_METHOD, OnError, SpecPC
-from .errors import OutOfMemoryError, PromptError
-from .kv_cache.prefix import Memory
-from .models.loading import (
-    AnyQuantization,
-    accept,
-    context_window,
-    explain_out_of_memory,
-    load_model,
-)
-from .prompt.encoder import PromptEncoder, PromptTokens
+from .config import DEFAULT_METHOD, Generation, OnError, SpecPC
+from .errors import PromptError
+from .models.loading import AnyQuantization, load_model
+from .prompt.encoder import PromptEncoder
 from .prompt.messages import DEFAULT_SYSTEM, Prompt
+from .request import Request
 from .runtime.deadline import deadline_after, until
 from .runtime.worker import Worker
-from .speckv.lookahead import greedy
-from .specpc.draft_scores import guess, read_draft
-from .specpc.head_weights import head_weights
-from .specpc.pipeline import Compressed, Shortener, asking_rows
-from .specpc.result import unchanged
-from .types import CompressedContext, DraftReading, Passage
+from .specpc.draft import DraftModel
+from .specpc.pipeline import compress
+from .specpc.result import failed
+from .types import CompressedContext, Passage
 
 logger = logging.getLogger(__name__)
 
@@ -58,11 +49,30 @@ class Compressor:
         template_options: Mapping[str, Any] | None = None,
         progress: bool = True,
     ) -> None:
-        self.model = accept(model)
-        self.progress = progress
-        self.tokenizer = tokenizer
-        self.encoder = PromptEncoder(tokenizer, template_options)
+        self.draft = DraftModel(model, tokenizer, template_options, progress)
         self.worker = Worker()  # runs the asynchronous calls
+
+    @classmethod
+    def of(cls, draft: DraftModel) -> Compressor:
+        """A compressor around a draft that somebody else holds too."""
+        found = cls.__new__(cls)
+        found.draft, found.worker = draft, Worker()
+        return found
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The draft's model."""
+        return self.draft.model
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The draft's tokenizer."""
+        return self.draft.tokenizer
+
+    @property
+    def encoder(self) -> PromptEncoder:
+        """What turns prompts into the draft's tokens."""
+        return self.draft.encoder
 
     @classmethod
     def load(
@@ -137,10 +147,11 @@ class Compressor:
         """
         try:
             prompt = Prompt.from_question(question, passages, system=system)
-        except ValueError as error:
+        except PromptError as error:
             if on_error == "raise":
                 raise
-            return self._unreadable(passages, error)
+            logger.warning("Compression failed, the passages stay whole: %s", error)
+            return failed(Prompt.from_question("?", passages), self.encoder.count, error)
         with until(deadline_after(timeout)):
             return self.compress_prompt(prompt, method, on_error=on_error)[1]
 
@@ -198,7 +209,7 @@ class Compressor:
         *,
         on_error: OnError = "raise",
         max_new_tokens: Sequence[int | None] | None = None,
-    ) -> list[Compressed]:
+    ) -> list[tuple[Prompt, CompressedContext]]:
         """`compress_prompt` for several prompts, which the draft reads as a batch.
 
         Each gets what it gets alone, and with `on_error="original"` each fails alone.
@@ -209,82 +220,25 @@ class Compressor:
             on_error: As for `compress`.
             max_new_tokens: One for each prompt, see `compress_prompt`.
         """
-        method = method or DEFAULT_METHOD
-        if method.head_weights is not None:  # a missing file is no fault of a single request
-            head_weights(self.model, method.head_weights)
-        shorten = Shortener(self.model, self.encoder, self.read)
-        return shorten(prompts, method, on_error, max_new_tokens)
+        lengths = max_new_tokens or [None] * len(prompts)
+        requests = [
+            Request(prompt, Generation(max_new_tokens=more) if more else Generation())
+            for prompt, more in zip(prompts, lengths, strict=True)
+        ]
+        compress(self.draft, requests, method or DEFAULT_METHOD, on_error)
+        return [(request.shorter, request.context) for request in requests if request.context]
 
-    def read(
-        self, prompts: Sequence[PromptTokens], method: SpecPC, lookaheads: Sequence[int]
-    ) -> list[DraftReading]:
-        """The draft's reading of prompts as a batch.
-
-        Args:
-            prompts: What `encoder` made of the prompts; each must fit the draft's window.
-            method: Options of SpecPC.
-            lookaheads: Tokens that the draft guesses, one number for each prompt.
-        """
-        with self._bar(len(prompts)) as bar:
-            return read_draft(
-                self.model,
-                [prompt.ids for prompt in prompts],
-                method,
-                lookahead_tokens=lookaheads,
-                windows=[asking_rows(prompt, method.window_size) for prompt in prompts],
-                done=bar.update,
-            )
-
-    def guess(self, prompt: Prompt, tokens: int, memory: Memory | None = None) -> torch.Tensor:
+    def guess(self, prompt: Prompt, tokens: int) -> torch.Tensor:
         """The draft's greedy answer to a prompt, (guessed,) int64 ids of the draft's tokenizer.
 
         Args:
             prompt: Messages and passages.
             tokens: Most tokens of the answer.
-            memory: What the draft already knows of the prompt's beginning.
 
         Raises:
             PromptError: The prompt exceeds the draft's window.
         """
-        if memory is None:
-            return self.guess_many([prompt], [tokens])[0]
-        ids, room = self._room(self.encoder.encode(prompt), tokens)
-        return greedy(self.model, ids, room, memory.start(self.model, ids))
-
-    def guess_many(
-        self,
-        prompts: Sequence[Prompt],
-        tokens: Sequence[int],
-        known: Sequence[PromptTokens] | None = None,
-    ) -> list[torch.Tensor]:
-        """`guess` for several prompts, which the draft reads and answers as a batch.
-
-        Args:
-            prompts: The prompts.
-            tokens: Most tokens of each answer.
-            known: What this compressor's encoder makes of the prompts, where somebody knows it.
-        """
-        encoded = known or [self.encoder.encode(prompt) for prompt in prompts]
-        asked = [self._room(*each) for each in zip(encoded, tokens, strict=True)]
-        ids, room = [ids for ids, _ in asked], [room for _, room in asked]
-        try:
-            with self._bar(len(asked)) as bar, explain_out_of_memory(draft=self.model):
-                return guess(self.model, ids, room, done=bar.update)
-        except OutOfMemoryError:
-            if len(asked) == 1:
-                raise
-        return [guess(self.model, [row], most)[0] for row, most in zip(ids, room, strict=True)]
-
-    def _room(self, prompt: PromptTokens, tokens: int) -> tuple[torch.Tensor, int]:
-        """A prompt's ids, and how many tokens its answer may have."""
-        ids = prompt.ids
-        window = context_window(self.model)
-        if window is not None and ids.numel() >= window:
-            raise PromptError(
-                f"The prompt has {ids.numel()} tokens, the draft reads at most {window} and so "
-                "cannot guess an answer: compress the prompt first (SpecKVPC)."
-            )
-        return ids, tokens if window is None else min(tokens, window - ids.numel())
+        return self.draft.guess([self.encoder.encode(prompt)], [tokens])[0]
 
     def guess_answer(
         self,
@@ -309,17 +263,16 @@ class Compressor:
         """
         try:
             prompt = Prompt.from_question(question, passages, system=system)
-            window = context_window(self.model)
-            if window is not None:
-                prompt = self.compress_prompt(prompt, SpecPC(capacity=window - tokens))[0]
-            with explain_out_of_memory(draft=self.model):
-                ids = self.guess(prompt, tokens)
+            if self.draft.window is not None:
+                room = SpecPC(capacity=self.draft.window - tokens)
+                prompt = self.compress_prompt(prompt, room)[0]
+            return self.draft.text(self.guess(prompt, tokens)).strip()
         except Exception as error:
             if on_error == "raise":
                 raise
-            logger.warning("The draft guessed no answer: %s", error, exc_info=True)
+            logger.warning("The draft guessed no answer: %s", error)
+            logger.debug("The failure in full:", exc_info=error)
             return ""
-        return str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip()
 
     async def aguess_answer(
         self,
@@ -338,15 +291,3 @@ class Compressor:
     def count_tokens(self, text: str) -> int:
         """Tokens of a text under the draft's tokenizer, without special tokens."""
         return self.encoder.count(text)
-
-    def _bar(self, prompts: int) -> tqdm[Any]:
-        """A bar over the prompts that the draft reads; hidden for a single one."""
-        hidden = not self.progress or prompts < 2
-        return tqdm(total=prompts, desc="Draft reads", leave=False, disable=hidden)
-
-    def _unreadable(self, passages: Sequence[str | Passage], error: Exception) -> CompressedContext:
-        """The originals, for a request that cannot even become a prompt."""
-        logger.warning("Compression failed, the passages stay whole: %s", error)
-        prompt = Prompt.from_question("?", passages)
-        tokens = self.encoder.encode(prompt)
-        return unchanged(prompt, tokens, fallback=f"{type(error).__name__}: {error}")

@@ -14,8 +14,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .compressor import Compressor
 from .config import Generation, Method, OnError, SpecPC
-from .errors import ModelError, PromptError
-from .generation.pipeline import Pipeline
+from .errors import NO_DRAFT, ModelError, PromptError
+from .generation.pipeline import Pipeline, answer_of
 from .generation.speculative.drafters.store import TrigramStore
 from .generation.trace import trace
 from .kv_cache.storage import Storage
@@ -77,9 +77,8 @@ class Engine:
             )
         if tokenizer is not None:
             encoder = PromptEncoder(tokenizer, template_options)
-            self._pipeline = Pipeline(
-                target_model, tokenizer, encoder, self.compressor, draft_store
-            )
+            draft = None if self.compressor is None else self.compressor.draft
+            self._pipeline = Pipeline(target_model, tokenizer, encoder, draft, draft_store)
 
     @classmethod
     def load(
@@ -288,7 +287,7 @@ class Engine:
         each = generation or Generation()
         options = [each] * len(prompts) if isinstance(each, Generation) else each
         pipeline = self._need_pipeline()
-        requests = pipeline.prepare_many(prompts, method, options, on_error)
+        requests = pipeline.prepare(prompts, method, options, on_error)
         if not requests:
             yield []
             return
@@ -296,7 +295,7 @@ class Engine:
         for pieces in pipeline.decode(requests):
             texts = [text + piece for text, piece in zip(texts, pieces, strict=True)]
             yield []
-        yield [request.answer(text) for request, text in zip(requests, texts, strict=True)]
+        yield [answer_of(request, text) for request, text in zip(requests, texts, strict=True)]
 
     def stream_prompt(
         self,
@@ -332,10 +331,11 @@ class Engine:
         on_error: OnError = "raise",
     ) -> CompressedContext:
         """What the target would be given: `Compressor.compress` with this engine's draft."""
-        return (
-            self._need_pipeline()
-            .need_compressor()
-            .compress(question, passages, method, system=system, on_error=on_error)
+        self._need_pipeline()
+        if self.compressor is None:
+            raise ModelError(NO_DRAFT)
+        return self.compressor.compress(
+            question, passages, method, system=system, on_error=on_error
         )
 
     def session(
@@ -411,11 +411,11 @@ class Engine:
 
     def count_tokens(self, text: str) -> int:
         """Tokens of a text under the target's tokenizer, without special tokens."""
-        return self._need_pipeline().encoder.count(text)
+        return self._need_pipeline().pair.encoder.count(text)
 
     def encode_text(self, text: str) -> list[int]:
         """Token ids of a text under the target's tokenizer, without special tokens."""
-        return self._need_pipeline().encoder.encode_text(text)
+        return self._need_pipeline().pair.encoder.encode_text(text)
 
     def _need_pipeline(self) -> Pipeline:
         if self._pipeline is None:

@@ -20,13 +20,13 @@ from transformers import PreTrainedModel
 from .config import Generation, Method, SpecKV
 from .errors import ConfigError, ModelError, PromptError
 from .generation.pipeline import Pipeline
-from .generation.request import Memories
 from .kv_cache.files import SavedSession, read_files, write_files
 from .kv_cache.prefix import Memory, read_memory
 from .kv_cache.storage import Storage
 from .models.loading import explain_out_of_memory, fingerprint
 from .prompt.encoder import PromptTokens
 from .prompt.messages import Prompt
+from .request import Memories
 from .runtime.clock import Clock
 from .runtime.worker import Worker
 from .types import Answer, Chunk, Passage, Segment
@@ -263,11 +263,8 @@ def load_session(
 
 def _models(pipeline: Pipeline) -> dict[str, PreTrainedModel]:
     """The target and, where there is one, the draft."""
-    compressor = pipeline.compressor
-    return {
-        "target": pipeline.target,
-        **({} if compressor is None else {"draft": compressor.model}),
-    }
+    models = pipeline.pair.models.items()
+    return {role: model for role, model in models if model is not None}
 
 
 def _read(
@@ -276,21 +273,23 @@ def _read(
     """Both models read a prompt's beginning, or what is new of it."""
     if not any(passage.text.strip() for passage in prompt.passages):
         raise PromptError("A session needs passages with text: there is nothing to read.")
-    beginning = _beginning(pipeline.encoder.encode(prompt))
-    if pipeline.context_window is not None and len(beginning) >= pipeline.context_window:
+    beginning = _beginning(pipeline.pair.encoder.encode(prompt))
+    if pipeline.pair.window is not None and len(beginning) >= pipeline.pair.window:
         raise PromptError(
             f"The passages take {len(beginning)} tokens, the target reads at most "
-            f"{pipeline.context_window}: give fewer."
+            f"{pipeline.pair.window}: give fewer."
         )
     with explain_out_of_memory(f"reading {len(beginning):,} tokens", **_models(pipeline)):
         target = _remember(
-            pipeline.target, beginning, storage, None if known is None else known.target
+            pipeline.pair.target, beginning, storage, None if known is None else known.target
         )
         draft = None
-        if pipeline.compressor is not None:
-            beginning = _beginning(pipeline.compressor.encoder.encode(prompt))
-            reader = pipeline.compressor.model
-            draft = _remember(reader, beginning, storage, None if known is None else known.draft)
+        reader = pipeline.pair.draft
+        if reader is not None:
+            beginning = _beginning(reader.encoder.encode(prompt))
+            draft = _remember(
+                reader.model, beginning, storage, None if known is None else known.draft
+            )
     return Memories(target, draft)
 
 

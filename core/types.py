@@ -191,6 +191,7 @@ class Answer:
     tool_calls: tuple[ToolCall, ...] = ()
     broken_calls: tuple[str, ...] = ()  # as written: cut off, or no valid JSON
     drafting: Drafting | None = None  # None: none was asked for
+    fallback: str | None = None  # why the method was not applied although it was asked for
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,6 @@ import torch
 from pydantic import BaseModel, ValidationError
 
 from draftsieve import Compressor, Generation, Passage, Prompt, SpecKV, SpecKVPC, SpecPC
-from draftsieve.core import compressor as compressor_module
 from draftsieve.core.config import DEFAULT_METHOD
 from draftsieve.core.errors import (
     BudgetError,
@@ -20,6 +19,7 @@ from draftsieve.core.errors import (
     ModelNotFoundError,
     PromptError,
 )
+from draftsieve.core.specpc.draft import asking_rows
 from draftsieve.core.specpc.fitting import Budget
 from draftsieve.core.specpc.units import sentence_spans, word_spans
 from draftsieve.core.types import CompressedContext, Segment
@@ -209,19 +209,15 @@ def test_no_method_means_whole_sentences() -> None:
 
 def test_only_what_follows_the_passages_asks(monkeypatch: pytest.MonkeyPatch) -> None:
     """With one wide window, changing the last passage must not change who asks."""
-    compressor, windows = tiny_compressor(), []
-    tokens = compressor.encoder.encode(Prompt.from_question(QUESTION, TEXTS))
+    encoder = tiny_compressor().encoder
+    tokens = encoder.encode(Prompt.from_question(QUESTION, TEXTS))
     last = int(torch.nonzero(~tokens.protected)[-1])
-    real = compressor_module.read_draft
-
-    def spy(model, prompts, options, **rest):  # type: ignore[no-untyped-def]
-        windows.extend(rest["windows"])
-        return real(model, prompts, options, **rest)
-
-    monkeypatch.setattr(compressor_module, "read_draft", spy)
-    compressor.compress(QUESTION, TEXTS, SpecPC(ratio=0.5, window_size=64))
-    compressor.compress(QUESTION, TEXTS, SpecPC(ratio=0.5, window_size=3))
-    assert windows == [len(tokens) - 1 - last, 3]
+    assert asking_rows(tokens, 64) == len(tokens) - 1 - last
+    assert asking_rows(tokens, 3) == 3
+    draft = tiny_compressor().draft
+    exact = SpecPC(window_size=len(tokens) - 1 - last)
+    wide, narrow = (draft.read([tokens], m, [1])[0] for m in (SpecPC(window_size=64), exact))
+    assert torch.equal(wide.scores, narrow.scores)
 
 
 def test_a_missing_model_is_an_error_at_construction() -> None:

@@ -14,12 +14,13 @@ from draftsieve.core.compressor import Compressor
 from draftsieve.core.errors import BudgetError
 from draftsieve.core.generation.decode import next_tokens
 from draftsieve.core.kv_cache import prefill as reading
+from draftsieve.core.kv_cache.greedy import guess
 from draftsieve.core.kv_cache.layers import EvictedLayer, cache_bytes
 from draftsieve.core.kv_cache.prefill import similar
 from draftsieve.core.prompt.encoder import PromptEncoder
 from draftsieve.core.speckv.batch import start_evicted
 from draftsieve.core.speckv.evict import evict
-from draftsieve.core.specpc.draft_scores import guess, read_draft
+from draftsieve.core.specpc.draft_scores import read_draft
 
 from . import families
 from .adapters_fixtures import QUESTION, TEXTS, tiny_engine, tiny_model, tiny_tokenizer
@@ -217,7 +218,7 @@ def test_a_batch_that_fails_is_read_one_by_one() -> None:
     compressor = Compressor(tiny_model(32, seed=1), tiny_tokenizer(), progress=False)
     prompts, method = _prompts()[:3], SpecPC(ratio=0.5)
     expected = [compressor.compress_prompt(prompt, method)[1].text for prompt in prompts]
-    real, calls = compressor.read, []
+    real, calls = compressor.draft.read, []
 
     def read(parts, *rest):  # type: ignore[no-untyped-def]
         calls.append(len(parts))
@@ -225,7 +226,7 @@ def test_a_batch_that_fails_is_read_one_by_one() -> None:
             raise RuntimeError("too much")
         return real(parts, *rest)
 
-    compressor.read = read  # type: ignore[method-assign]
+    compressor.draft.read = read  # type: ignore[method-assign]
     found = compressor.compress_prompts(prompts, method, on_error="original")
     assert calls == [3, 1, 1, 1]
     assert [context.stats.fallback for _, context in found] == [

@@ -13,9 +13,9 @@ import torch
 
 from draftsieve import Engine, Generation, Passage, Prompt, SpecKV, SpecPC
 from draftsieve.core.errors import ConfigError, ModelError, PromptError
-from draftsieve.core.generation.request import Memories
 from draftsieve.core.kv_cache.prefix import Memory, read_memory
 from draftsieve.core.kv_cache.storage import Storage, StoredLayer, StoredStates
+from draftsieve.core.request import Memories
 from draftsieve.core.session import Session
 from draftsieve.core.speckv.evict import evict
 
@@ -207,7 +207,7 @@ def test_a_follow_up_uses_what_the_first_question_evicted() -> None:
     kept: list[list[set[int]]] = []
     for question in QUESTIONS[:2]:
         prompt = Prompt.from_question(question, session.passages)
-        asked = session.pipeline.prepare(prompt, method, SHORT, "raise", session.memories)
+        (asked,) = session.pipeline.prepare([prompt], method, [SHORT], "raise", session.memories)
         plan = asked.eviction
         assert plan is not None
         target = session.memories.target

@@ -30,7 +30,7 @@ from draftsieve.core.kv_cache.prefill import pad_left
 from draftsieve.core.prompt.encoder import PromptTokens
 from draftsieve.core.speckv import batch as speckv_batch
 from draftsieve.core.speckv.evict import Eviction, evict
-from draftsieve.core.speckv.lookahead import look_ahead
+from draftsieve.core.speckv.lookahead import own_lookahead
 from draftsieve.core.speckv.scorers import SCORERS, h2o
 
 from . import families
@@ -459,7 +459,7 @@ def test_a_target_looks_ahead_by_itself(name: str) -> None:
     """The oracle's guess is the target's greedy answer, LAQ's the answer of SnapKV's cache."""
     model, prompt = families.build("llama", "sdpa"), families.ids(70)[0]
     options = SpecKV.model_validate({"scorer": name, "window_size": 4})
-    found = look_ahead(model, prompt, options, 20, 8, lambda _: pytest.fail("asked the draft"))
+    found = own_lookahead(model, prompt, options, 20, 8)
     plain = _greedy(model, prompt, 8)
     snapkv = SpecKV(scorer="snapkv", window_size=4)
     with only_kept(model, evict(model, [prompt], [prompt[:0]], snapkv, [20]), 70):

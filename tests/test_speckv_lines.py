@@ -24,7 +24,7 @@ from draftsieve import Engine, Generation, Prompt, SpecKV
 from draftsieve.core.compressor import Compressor
 from draftsieve.core.errors import ModelError
 from draftsieve.core.generation.decode import next_tokens
-from draftsieve.core.generation.preparing import MAX_LOOKAHEAD
+from draftsieve.core.generation.eviction import MAX_LOOKAHEAD
 from draftsieve.core.kv_cache.layers import EvictedLayer, cache_bytes
 from draftsieve.core.speckv.evict import Eviction, evict
 from draftsieve.core.types import Answer

@@ -21,9 +21,9 @@ from ..errors import ConfigError
 from ..models.loading import context_window
 from ..prompt.encoder import PromptTokens
 from ..specpc.chunking import Piece, spread_scores
+from ..specpc.draft import asking_rows
 from ..specpc.draft_scores import read_draft
 from ..specpc.head_weights import read_heads
-from ..specpc.pipeline import asking_rows
 from .intervals import bootstrap_mean
 from .plots import draw, empty_axes, save
 from .shared import Bench

@@ -22,8 +22,8 @@ from ..config import SpecPC
 from ..errors import ConfigError, ModelError
 from ..models.loading import context_window, fingerprint
 from ..prompt.encoder import PromptTokens
+from ..specpc.draft import asking_rows
 from ..specpc.head_weights import HeadWeights, read_heads
-from ..specpc.pipeline import asking_rows
 from ..specpc.scoring import row_weights
 from .puzzles import TASKS
 from .scorers import require_eval

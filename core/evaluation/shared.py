@@ -13,12 +13,13 @@ from ..compressor import Compressor
 from ..config import Generation, Method, SpecPC
 from ..errors import ModelError
 from ..generation.pipeline import Pipeline
-from ..generation.request import Memories
-from ..kv_cache.prefix import read_memory
+from ..kv_cache.greedy import greedy
+from ..kv_cache.prefix import Memory, read_memory
 from ..models.loading import LoadedModel, fingerprint
 from ..prompt.encoder import PromptEncoder, PromptTokens
 from ..prompt.messages import Prompt
-from ..speckv.lookahead import greedy
+from ..request import Memories
+from ..specpc.draft import DraftModel
 from ..specpc.sparse_positions import kept_places, start_at
 from ..types import Answer, DraftReading
 from .baselines import Kept
@@ -70,28 +71,25 @@ class Once:
         self.saved = 0.0
 
 
-class SharedDraft(Compressor):
-    """A compressor that reads and guesses once for all methods with equal draft options."""
+class SharedDraft(DraftModel):
+    """A draft that reads and guesses once for all methods with equal draft options."""
 
     once: Once
 
-    def guess_many(
-        self,
-        prompts: Sequence[Prompt],
-        tokens: Sequence[int],
-        known: Sequence[PromptTokens] | None = None,
+    def guess(
+        self, prompts: Sequence[PromptTokens], tokens: Sequence[int], memory: Memory | None = None
     ) -> list[torch.Tensor]:
-        return [self._guess_once(*each) for each in zip(prompts, tokens, strict=True)]
+        return [self._guess_once(*each, memory) for each in zip(prompts, tokens, strict=True)]
 
-    def _guess_once(self, prompt: Prompt, tokens: int) -> torch.Tensor:
-        key = ("guess", self.encoder.encode(prompt).ids.numpy().tobytes(), tokens)
-        return self.once(key, lambda: super(SharedDraft, self).guess_many([prompt], [tokens])[0])
+    def _guess_once(self, prompt: PromptTokens, tokens: int, memory: Memory | None) -> torch.Tensor:
+        key = ("guess", prompt.ids.numpy().tobytes(), tokens)
+        return self.once(key, lambda: super(SharedDraft, self).guess([prompt], [tokens], memory)[0])
 
     def read(
-        self, parts: Sequence[PromptTokens], method: SpecPC, lookaheads: Sequence[int]
+        self, prompts: Sequence[PromptTokens], method: SpecPC, lookaheads: Sequence[int]
     ) -> list[DraftReading]:
-        pairs = zip(parts, lookaheads, strict=True)
-        return [self._read_once(part, method, lookahead) for part, lookahead in pairs]
+        pairs = zip(prompts, lookaheads, strict=True)
+        return [self._read_once(prompt, method, lookahead) for prompt, lookahead in pairs]
 
     def _read_once(self, tokens: PromptTokens, method: SpecPC, lookahead: int) -> DraftReading:
         cut = min(method.window_size, method.capacity or method.window_size)
@@ -123,12 +121,11 @@ class Bench:
         self.once = Once()
         self.generation = Generation(max_new_tokens=max_new_tokens)
         self.target, self.tokenizer = target.model.eval(), target.tokenizer
-        self.draft = SharedDraft(
-            draft.model, draft.tokenizer, template_options=template_options, progress=False
-        )
-        self.draft.once = self.once
+        reader = SharedDraft(draft.model, draft.tokenizer, template_options, progress=False)
+        reader.once = self.once
+        self.draft = Compressor.of(reader)
         self.encoder = PromptEncoder(target.tokenizer, template_options)
-        self.pipeline = Pipeline(self.target, self.tokenizer, self.encoder, self.draft)
+        self.pipeline = Pipeline(self.target, self.tokenizer, self.encoder, reader)
         self.names = {"target": target.name, "draft": draft.name}
         self.weights = {"target": fingerprint(self.target), "draft": fingerprint(draft.model)}
 

@@ -13,9 +13,9 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from ..errors import ModelError
+from ..kv_cache.greedy import guess
 from ..models.attention_capture import AttentionCall, observing
 from ..prompt.encoder import PromptTokens
-from ..specpc.draft_scores import guess
 from .baselines import Kept
 
 LOOKAHEAD, KERNEL, CHUNK = 8, 13, 32

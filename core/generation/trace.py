@@ -7,9 +7,11 @@ from transformers import PreTrainedModel
 
 from ..config import Method, stages
 from ..errors import NO_DRAFT, ModelError
+from ..kv_cache.greedy import greedy, guess
 from ..speckv.evict import Eviction, evict, token_capacity
-from ..speckv.lookahead import greedy, look_ahead
-from ..specpc.draft_scores import guess, read_draft
+from ..speckv.lookahead import own_lookahead
+from ..speckv.scorers import needs_draft
+from ..specpc.draft_scores import read_draft
 from ..specpc.selection import select
 from ..specpc.sparse_positions import start_at
 from ..types import DraftReading, Selection, Trace
@@ -48,9 +50,10 @@ def trace(
         assert speckv is not None  # a method has at least one stage
         capacity = token_capacity(speckv, prompt.numel())
         tokens = speckv.lookahead_tokens or max_new_tokens
-        lookahead = look_ahead(
-            target, prompt, speckv, capacity, tokens, lambda n: guess(_need(draft), input_ids, n)[0]
-        )
+        if needs_draft(speckv):
+            lookahead = guess(_need(draft), input_ids, tokens)[0]
+        else:
+            lookahead = own_lookahead(target, prompt, speckv, capacity, tokens)
     done: Eviction | None = None
     start = None
     if specpc is not None and specpc.positions == "keep":

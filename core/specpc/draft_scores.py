@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from transformers import PreTrainedModel
 
 from ..config import SpecPC
 from ..errors import ModelError
-from ..kv_cache.batch import can_join
-from ..kv_cache.prefill import mask_left, read_prompts, similar
+from ..kv_cache.greedy import Done, Watch, batches, each, look_ahead
+from ..kv_cache.prefill import mask_left
 from ..models.attention_capture import AttentionCall, observing
-from ..models.loading import end_token_ids
-from ..runtime.deadline import check_deadline
 from ..types import DraftReading
 from .head_weights import HeadWeights, head_weights
 from .scoring import reduce_heads, reduce_rows, row_weights
-
-MOST_GUESSING = 32_768  # tokens, padding included, whose keys and values are held at once
-Done = Callable[[int], object]
 
 
 def read_draft(
@@ -55,49 +50,20 @@ def read_draft(
             weights of heads are missing or another draft's.
     """
     first, rows = starting_layer(model, options), list(prompts)
-    limits = _each(lookahead_tokens, len(rows))
+    limits = each(lookahead_tokens, len(rows))
     asking = list(windows or [options.window_size] * len(rows))
     found: dict[int, DraftReading] = {}
-    for batch in _batches(model, rows, limits):
+    for batch in batches(model, rows, limits):
         lengths = [rows[row].numel() for row in batch]
         window = [
             min(asking[row], options.capacity or length, length)
             for row, length in zip(batch, lengths, strict=True)
         ]
         scoring = _Scoring(model, lengths, window, options, first)
-        guesses = _look_ahead(model, [rows[r] for r in batch], [limits[r] for r in batch], scoring)
+        watch = Watch(scoring.reading, scoring.stepping, scoring.step)
+        guesses = look_ahead(model, [rows[r] for r in batch], [limits[r] for r in batch], watch)
         for row, scores, guessed in zip(batch, scoring.scores(), guesses, strict=True):
             found[row] = DraftReading(scores, guessed)
-        if done is not None:
-            done(len(batch))
-    return [found[row] for row in range(len(rows))]
-
-
-def guess(
-    model: PreTrainedModel,
-    prompts: Sequence[torch.Tensor] | torch.Tensor,
-    tokens: int | Sequence[int],
-    *,
-    done: Done | None = None,
-) -> list[torch.Tensor]:
-    """The draft's greedy answers without any scores, for methods that need only them.
-
-    Args:
-        model: The draft.
-        prompts: As for `read_draft`.
-        tokens: Most tokens to guess, of all prompts or of each; an end token stops its own row and
-            is included.
-        done: As for `read_draft`.
-
-    Returns:
-        One (guessed,) int64 tensor per prompt.
-    """
-    rows = list(prompts)
-    limits = _each(tokens, len(rows))
-    found: dict[int, torch.Tensor] = {}
-    for batch in _batches(model, rows, limits):
-        guesses = _look_ahead(model, [rows[r] for r in batch], [limits[r] for r in batch])
-        found.update(zip(batch, guesses, strict=True))
         if done is not None:
             done(len(batch))
     return [found[row] for row in range(len(rows))]
@@ -117,57 +83,6 @@ def starting_layer(model: PreTrainedModel, options: SpecPC) -> int:
             "Choose a smaller one, or None for min(8, layers // 2)."
         )
     return first
-
-
-def _each(tokens: int | Sequence[int], rows: int) -> list[int]:
-    return [tokens] * rows if isinstance(tokens, int) else list(tokens)
-
-
-def _batches(
-    model: PreTrainedModel, prompts: Sequence[torch.Tensor], limits: Sequence[int]
-) -> list[list[int]]:
-    """Rows that look ahead together; caches that cannot be joined are read one by one."""
-    sizes = [prompt.numel() + more for prompt, more in zip(prompts, limits, strict=True)]
-    return similar(sizes, MOST_GUESSING if can_join(model) else 0, padding=0.5)
-
-
-def _look_ahead(
-    model: PreTrainedModel,
-    prompts: Sequence[torch.Tensor],
-    limits: Sequence[int],
-    scoring: _Scoring | None = None,
-) -> list[torch.Tensor]:
-    """Greedy draft answers; the last token of each is never fed. Returns one (la,) per row."""
-    check_deadline()
-    observe = None if scoring is None else scoring.reading
-    read = read_prompts(model, prompts, keep=max(limits) > 1, observe=observe)
-    seen = read.mask.bool()  # (batch, seen), grows with the lookahead
-    guesses = [read.logits.argmax(-1)]  # each (batch,)
-    ends = end_token_ids(model).to(seen.device)
-    lengths = torch.tensor(limits, device=seen.device)
-    active = lengths > 1  # (batch,) rows still looking ahead
-    with nullcontext() if scoring is None else scoring.stepping(), torch.no_grad():
-        for step in range(1, max(limits)):
-            ended = torch.isin(guesses[-1], ends) & active
-            lengths = torch.where(ended, step, lengths)
-            active = active & (lengths > step)
-            if not active.any():
-                break
-            check_deadline()
-            # what a finished row is fed counts as padding: its position stands still
-            seen = torch.cat([seen, active.unsqueeze(1)], dim=1)
-            if scoring is not None:
-                scoring.rows.weights, scoring.rows.padding = active.float().unsqueeze(1), seen
-            logits = model(
-                input_ids=guesses[-1].unsqueeze(1),
-                attention_mask=seen.long(),
-                position_ids=seen.sum(1, keepdim=True) - 1,
-                past_key_values=read.cache,
-                use_cache=True,
-            ).logits
-            guesses.append(logits[:, -1].argmax(-1))
-    stacked = torch.stack(guesses, dim=1).cpu()  # (batch, steps)
-    return [row[:length] for row, length in zip(stacked, lengths.tolist(), strict=True)]
 
 
 class _Scoring:
@@ -208,6 +123,10 @@ class _Scoring:
             return
         with observing(self.model, self.rows):
             yield
+
+    def step(self, active: torch.Tensor, seen: torch.Tensor) -> None:
+        """Tell the lookahead's rows who is (batch,) active and what is (batch, seen) no padding."""
+        self.rows.weights, self.rows.padding = active.float().unsqueeze(1), seen
 
     def scores(self) -> list[torch.Tensor]:
         """(tokens,) float32 of each prompt."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -10,6 +10,7 @@ import torch
 from ..config import SpecPC
 from ..prompt.encoder import PromptTokens
 from ..prompt.messages import Prompt
+from ..request import Request
 from ..types import CompressedContext, CompressionStats, PassageStats, Span
 from .ranking import passage_scores
 
@@ -17,69 +18,77 @@ Bounds = Sequence[Sequence[tuple[int, int]]]  # per passage, kept characters
 
 
 def describe(
-    prompt: Prompt,
-    shorter: Prompt,
-    tokens: PromptTokens,
-    after: PromptTokens,
-    bounds: Bounds,
-    scores: torch.Tensor | None,
-    seconds: Mapping[str, float],
-    method: SpecPC | None,
-    fallback: str | None = None,
+    request: Request, method: SpecPC, after: PromptTokens, bounds: Bounds
 ) -> CompressedContext:
     """Put a compression's result together.
 
     Args:
-        prompt: As it was asked.
-        shorter: With the kept texts.
-        tokens: Of `prompt`.
-        after: Of `shorter`.
+        request: Encoded, read where that was needed, with its shorter prompt.
+        method: For `drop_empty`.
+        after: Tokens of the shorter prompt.
         bounds: Kept characters.
-        scores: (tokens,) of `prompt`; None where the draft was not asked.
-        seconds: Per stage.
-        method: For `drop_empty`; None keeps empty passages.
-        fallback: Why nothing was compressed although it was asked for.
     """
-    ids = [passage.id or "" for passage in prompt.passages]
-    best = torch.zeros(len(ids)) if scores is None else passage_scores(tokens, scores, len(ids))
-    sizes = tuple(
-        PassageStats(before, now, score)
-        for before, now, score in zip(
-            _sizes(tokens, len(ids)), _sizes(after, len(ids)), best.tolist(), strict=True
-        )
+    before, shorter, reading = request.draft_tokens, request.shorter, request.reading
+    assert before is not None  # it was encoded
+    ids = [passage.id or "" for passage in request.prompt.passages]
+    scores = None if reading is None else reading.scores
+    best = torch.zeros(len(ids)) if scores is None else passage_scores(before, scores, len(ids))
+    sizes = zip(_sizes(before, len(ids)), _sizes(after, len(ids)), best.tolist(), strict=True)
+    indices = tuple(
+        i for i, p in enumerate(shorter.passages) if p.text.strip() or not method.drop_empty
     )
-    keep_empty = method is None or not method.drop_empty
-    indices = tuple(i for i, p in enumerate(shorter.passages) if keep_empty or p.text.strip())
     return CompressedContext(
         text=shorter.documents_text,
         passages=tuple(shorter.passages[i] for i in indices),
         indices=indices,
-        spans=_scored_spans(ids, bounds, tokens, scores),
-        sizes=sizes,
+        spans=_scored_spans(ids, bounds, before, scores),
+        sizes=tuple(PassageStats(*size) for size in sizes),
         stats=CompressionStats(
-            prompt_tokens=len(tokens),
+            prompt_tokens=len(before),
             compressed_prompt_tokens=len(after),
-            passage_tokens=int((~tokens.protected).sum()),
+            passage_tokens=int((~before.protected).sum()),
             compressed_passage_tokens=int((~after.protected).sum()),
-            compressed=len(after) < len(tokens),
-            seconds=dict(seconds),
-            fallback=fallback,
+            compressed=len(after) < len(before),
+            seconds=dict(request.clock.seconds),
+        ),
+        lookahead_ids=() if reading is None else tuple(reading.lookahead_ids.tolist()),
+    )
+
+
+def unchanged(request: Request, method: SpecPC) -> CompressedContext:
+    """A context in which every passage is whole because nothing had to go."""
+    assert request.draft_tokens is not None  # it was encoded
+    return describe(request, method, request.draft_tokens, _whole(request.prompt))
+
+
+def failed(prompt: Prompt, count: Callable[[str], int], error: Exception) -> CompressedContext:
+    """The originals of a prompt that could not be compressed, perhaps not even encoded.
+
+    Args:
+        prompt: As it was asked.
+        count: Tokens of a text; the prompt's size is given as that of its passages.
+        error: What went wrong.
+    """
+    sizes = [count(passage.text) for passage in prompt.passages]
+    ids = [passage.id or "" for passage in prompt.passages]
+    pairs = zip(ids, _whole(prompt), strict=True)
+    total = sum(sizes)
+    return CompressedContext(
+        text=prompt.documents_text,
+        passages=prompt.passages,
+        indices=tuple(range(len(sizes))),
+        spans=tuple(
+            Span(name, *bounds, 0.0, i) for i, (name, own) in enumerate(pairs) for bounds in own
+        ),
+        sizes=tuple(PassageStats(size, size, 0.0) for size in sizes),
+        stats=CompressionStats(
+            total, total, total, total, False, fallback=f"{type(error).__name__}: {error}"
         ),
     )
 
 
-def unchanged(
-    prompt: Prompt,
-    tokens: PromptTokens,
-    *,
-    seconds: Mapping[str, float] | None = None,
-    method: SpecPC | None = None,
-    fallback: str | None = None,
-) -> CompressedContext:
-    """A context in which every passage is whole."""
-    bounds = [[(0, len(p.text))] if p.text else [] for p in prompt.passages]
-    times = seconds or {}
-    return describe(prompt, prompt, tokens, tokens, bounds, None, times, method, fallback)
+def _whole(prompt: Prompt) -> list[list[tuple[int, int]]]:
+    return [[(0, len(p.text))] if p.text else [] for p in prompt.passages]
 
 
 def _sizes(tokens: PromptTokens, count: int) -> list[int]:

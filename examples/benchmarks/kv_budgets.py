@@ -26,12 +26,12 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrained
 
 from draftsieve import Generation, Passage, Prompt, SpecKV
 from draftsieve.core.generation.decode import next_tokens
+from draftsieve.core.kv_cache.greedy import guess
 from draftsieve.core.kv_cache.layers import attending, cache_bytes
 from draftsieve.core.kv_cache.prefill import Start
 from draftsieve.core.models.loading import load_model
 from draftsieve.core.prompt.encoder import PromptEncoder
 from draftsieve.core.speckv.evict import evict
-from draftsieve.core.specpc.draft_scores import guess
 from draftsieve.retrievers.folder import read_folder
 
 DATA = Path(__file__).parent.parent / "data"

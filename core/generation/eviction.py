@@ -1,0 +1,172 @@
+"""SpecKV for requests: how much each may keep, what is protected, whose guess is read behind it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from ..config import Generation, OnError, SpecKV
+from ..errors import BudgetError, OutOfMemoryError, PromptError
+from ..kv_cache.layers import cache_bytes
+from ..kv_cache.prefill import Start
+from ..models.loading import explain_out_of_memory
+from ..prompt.encoder import PromptTokens
+from ..request import EvictionPlan, Request
+from ..runtime.clock import Clock
+from ..speckv.batch import start_evicted
+from ..speckv.evict import token_capacity
+from ..speckv.lookahead import NOTHING, own_lookahead
+from ..speckv.scorers import needs_draft
+from .pair import Pair
+
+logger = logging.getLogger(__name__)
+MAX_LOOKAHEAD = 256  # tokens that the draft guesses at most unless the method says otherwise
+
+
+def plan_evictions(
+    pair: Pair, requests: Sequence[Request], method: SpecKV, on_error: OnError = "raise"
+) -> None:
+    """Fill in `eviction` of the requests whose prompts exceed the budget.
+
+    Args:
+        pair: Target and draft.
+        requests: With the target's tokens; the draft guesses their answers as a batch.
+        method: Budget, scorer and lookahead.
+        on_error: "raise", or "original" to read a request that fails with its full cache.
+    """
+    for request in requests:
+        try:
+            request.eviction = _budget(request, method)
+        except BudgetError as error:
+            _fall_back(request, error, on_error)
+    planned = [request for request in requests if request.eviction is not None]
+    if not planned:
+        return
+    if needs_draft(method):
+        pair.need_draft()  # a missing model is no fault of a request
+    clock = Clock()
+    try:
+        with clock("draft"), explain_out_of_memory(_describe(planned), **pair.models):
+            guesses = _guesses(pair, planned, method)
+    except (PromptError, OutOfMemoryError) as error:
+        if len(planned) == 1:
+            _fall_back(planned[0], error, on_error)
+            return
+        for request in planned:
+            plan_evictions(pair, [request], method, on_error)
+        return
+    for request, guess in zip(planned, guesses, strict=True):
+        assert request.eviction is not None  # chosen above
+        room = (pair.window or len(request.tokens) + len(guess)) - len(request.tokens)
+        text = str(pair.tokenizer.decode(guess.tolist(), skip_special_tokens=True))
+        request.eviction = replace(request.eviction, lookahead=guess[:room], text=text)
+        request.clock.add(clock.seconds)
+
+
+def start_evictions(pair: Pair, requests: Sequence[Request]) -> Start:
+    """Read requests, at least one of which evicts, and evict on the way."""
+    plans = [request.eviction for request in requests]
+    start = start_evicted(
+        pair.target,
+        [request.ids for request in requests],
+        [NOTHING if plan is None else plan.lookahead for plan in plans],
+        next(plan.method for plan in plans if plan is not None),
+        [len(r.tokens) if r.eviction is None else r.eviction.capacity for r in requests],
+        [request.protected for request in requests],
+        requests[0].target_memory,
+    )
+    for request in requests:
+        request.cache_bytes = cache_bytes(start.cache) // len(requests)
+    return start
+
+
+def new_guesses(
+    pair: Pair, requests: Sequence[Request], method: SpecKV | None = None
+) -> list[torch.Tensor]:
+    """The draft's answers to what the target reads, (guessed,) int64 each in the target's tokens.
+
+    Args:
+        pair: Target and draft.
+        requests: With the target's tokens.
+        method: Says how long a guess may be; None for as long as the answer.
+    """
+    draft, memories = pair.need_draft(), requests[0].memories
+    same, memory = pair.same_prompts, None if memories is None else memories.draft
+    prompts = [r.tokens if same else draft.encoder.encode(r.shorter) for r in requests]
+    limits = [_longest(method, request.generation) for request in requests]
+    return [pair.translated(guess) for guess in draft.guess(prompts, limits, memory)]
+
+
+def _guesses(pair: Pair, requests: Sequence[Request], method: SpecKV) -> list[torch.Tensor]:
+    """(guessed,) int64 each: the draft's, or what the scorer wants in its place."""
+    if needs_draft(method):
+        new = [request for request in requests if request.draft_guess is None]
+        made = iter(new_guesses(pair, new, method) if new else ())
+        known = [request.draft_guess for request in requests]  # what SpecPC's reading has left
+        return [next(made) if guess is None else pair.translated(guess) for guess in known]
+    found = []
+    for request in requests:
+        plan, most = request.eviction, _longest(method, request.generation)
+        assert plan is not None  # the caller chose requests that have one
+        kept, memory = plan.protected, request.target_memory
+        with torch.no_grad():
+            found.append(
+                own_lookahead(pair.target, request.ids, method, plan.capacity, most, kept, memory)
+            )
+    return found
+
+
+def _longest(method: SpecKV | None, generation: Generation) -> int:
+    """Most tokens of a guess."""
+    wanted = None if method is None else method.lookahead_tokens
+    return wanted or min(generation.max_new_tokens, MAX_LOOKAHEAD)
+
+
+def _budget(request: Request, method: SpecKV) -> EvictionPlan | None:
+    """Capacity and protected entries; None where all entries fit."""
+    tokens = request.tokens
+    fixed = int(tokens.protected.sum()) if len(request.shorter.passages) else 0
+    capacity = token_capacity(method, len(tokens), fixed)
+    if len(tokens) <= capacity:
+        return None
+    return EvictionPlan(method, capacity, NOTHING, "", _protected(tokens, method, capacity))
+
+
+def _protected(tokens: PromptTokens, method: SpecKV, capacity: int) -> torch.Tensor:
+    """(tokens,) bool: all but the passages; without passages the paper's window.
+
+    Raises:
+        BudgetError: They exceed the capacity.
+    """
+    if bool(tokens.protected.all()):
+        place = torch.arange(len(tokens))
+        return place >= len(tokens) - 1 - min(method.window_size, capacity)
+    fixed = int(tokens.protected[:-1].sum())
+    if fixed > capacity:
+        raise BudgetError(
+            f"SpecKV capacity={capacity}, but question, system text and template alone take "
+            f"{fixed} entries. Raise the capacity, or give a ratio."
+        )
+    return tokens.protected
+
+
+def _fall_back(request: Request, error: Exception, on_error: OnError) -> None:
+    """Go on with the full cache, unless the failure is to be raised."""
+    if on_error == "raise":
+        raise error
+    logger.warning("SpecKV failed, the cache stays whole: %s", error)
+    logger.debug("The failure in full:", exc_info=error)
+    request.eviction, request.fallback = None, f"{type(error).__name__}: {error}"
+
+
+def _describe(requests: Sequence[Request]) -> str:
+    """What is done and how large it is, for an error message."""
+    longest = max(requests, key=lambda request: len(request.tokens))
+    what = "answer to a prompt of"
+    if len(requests) > 1:
+        what = f"answers to {len(requests)} prompts up to"
+    capacity = 0 if longest.eviction is None else longest.eviction.capacity
+    return f"guessing the {what} {len(longest.tokens):,} tokens (capacity {capacity:,})"
