@@ -65,6 +65,13 @@ def test_the_core_imports_no_framework() -> None:
     assert not {"langchain_core", "llama_index", "bm25s", "fastapi", "ray"} & loaded
 
 
+def test_the_draft_alone_needs_nothing_of_the_target() -> None:
+    loaded = _imported_by("from draftsieve import Compressor")
+    rooms = ("draftsieve.core.generation", "draftsieve.core.speckv", "draftsieve.core.engine")
+    assert "draftsieve.core.specpc.pipeline" in loaded
+    assert not [name for name in loaded if name.startswith(rooms)]
+
+
 def test_a_wheel_carries_code_types_and_the_bundled_pair(tmp_path: Path) -> None:
     subprocess.run(
         [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from transformers import PreTrainedModel
 
 from draftsieve import Engine, Generation, Prompt, SpecKV, SpecKVPC, SpecPC
 from draftsieve.core.compressor import Compressor
-from draftsieve.core.errors import BudgetError
+from draftsieve.core.errors import BudgetError, PromptError
 from draftsieve.core.generation.decode import next_tokens
 from draftsieve.core.kv_cache import prefill as reading
 from draftsieve.core.kv_cache.greedy import guess
@@ -211,6 +212,32 @@ def test_one_faulty_request_of_a_batch_fails_alone(caplog: pytest.LogCaptureFixt
         found = engine.generate_many(prompts, method=method, generation=SHORT, on_error="original")
     assert [_fallback(answer) is not None for answer in found] == [False, True, False]
     assert sum("stay whole" in record.message for record in caplog.records) == 1
+
+
+def test_a_prompt_that_the_template_refuses_fails_alone(caplog: pytest.LogCaptureFixture) -> None:
+    """The draft's template takes no earlier turns, so not even the prompt's size is known."""
+    tokenizer = deepcopy(tiny_tokenizer())
+    refuse = "{% if m['role'] == 'assistant' %}{{ raise_exception('one turn') }}{% endif %}"
+    tokenizer.chat_template = (
+        f"{{% for m in messages %}}{refuse}{{{{ m['content'] }}}}{{% endfor %}}"
+    )
+    compressor = Compressor(tiny_model(32, seed=1), tokenizer, progress=False)
+    good = Prompt.from_question(QUESTION, TEXTS)
+    turns = [("user", "Hello."), ("assistant", "Hello."), ("user", QUESTION)]
+    bad = Prompt.from_messages([{"role": r, "content": c} for r, c in turns], TEXTS)
+    method = SpecPC(ratio=0.5)
+    with pytest.raises(PromptError):
+        compressor.compress_prompts([good, bad], method)
+    with caplog.at_level(logging.WARNING):
+        found = compressor.compress_prompts([good, bad], method, on_error="original")
+    assert found[0][1].text == compressor.compress_prompt(good, method)[1].text
+    shorter, context = found[1]
+    assert shorter is bad
+    assert context.text == bad.documents_text
+    assert [passage.text for passage in context.passages] == TEXTS
+    assert "PromptError" in (context.stats.fallback or "")
+    assert context.stats.passage_tokens == sum(map(compressor.count_tokens, TEXTS))
+    assert [record.exc_info for record in caplog.records] == [None]
 
 
 def test_a_batch_that_fails_is_read_one_by_one() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import io
+import logging
 import weakref
 from contextlib import redirect_stdout
 from typing import Any
@@ -20,9 +21,9 @@ from transformers import (
 )
 from transformers import models as zoo
 
-from draftsieve import Engine, Generation, Prompt, SpecKV
+from draftsieve import Engine, Generation, Prompt, SpecKV, SpecKVPC, SpecPC
 from draftsieve.core.compressor import Compressor
-from draftsieve.core.errors import ModelError
+from draftsieve.core.errors import BudgetError, ModelError, PromptError
 from draftsieve.core.generation.decode import next_tokens
 from draftsieve.core.generation.eviction import MAX_LOOKAHEAD
 from draftsieve.core.kv_cache.layers import EvictedLayer, cache_bytes
@@ -311,3 +312,42 @@ def test_encoder_decoders_are_refused_at_construction() -> None:
     headless = zoo.llama.LlamaModel(zoo.llama.LlamaConfig(**families.COMMON))
     with pytest.raises(ModelError, match="head that predicts tokens"):
         Compressor(headless, tiny_tokenizer())
+
+
+@pytest.mark.parametrize("cascade", [False, True])
+def test_a_cache_budget_that_cannot_hold_the_question_may_fall_back(
+    cascade: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = tiny_engine()
+    cache = SpecKV(capacity=5)
+    method = SpecKVPC(specpc=SpecPC(ratio=0.5), speckv=cache) if cascade else cache
+    with pytest.raises(BudgetError, match="capacity=5"):
+        engine.answer(QUESTION, TEXTS, method=method, generation=SHORT)
+    with caplog.at_level(logging.WARNING):
+        found = engine.answer(QUESTION, TEXTS, method=method, generation=SHORT, on_error="original")
+    plain = SpecPC(ratio=0.5) if cascade else None
+    assert found.text == engine.answer(QUESTION, TEXTS, method=plain, generation=SHORT).text
+    assert found.fallback is not None
+    assert found.fallback.startswith("BudgetError: SpecKV capacity=5")
+    assert found.usage.cache_entries is None
+    assert [record.exc_info for record in caplog.records] == [None]
+
+
+def test_a_prompt_beyond_the_drafts_window_may_fall_back_alone() -> None:
+    """The draft reads 120 tokens and cannot guess; the other request of the batch is evicted."""
+    draft = tiny_model(32, seed=1)
+    draft.config.max_position_embeddings = 120
+    engine = Engine(tiny_model(64, seed=2), tiny_tokenizer(), draft_model=draft)
+    long = Prompt.from_question(QUESTION, [*TEXTS, " ".join(TEXTS)])
+    short = Prompt.from_question(QUESTION, TEXTS[:1])
+    method = SpecKV(ratio=0.5)
+    with pytest.raises(PromptError, match="cannot guess"):
+        engine.generate_many([long, short], method=method, generation=SHORT)
+    found = engine.generate_many(
+        [long, short], method=method, generation=SHORT, on_error="original"
+    )
+    assert found[0].fallback is not None
+    assert found[0].usage.cache_entries is None
+    assert found[1].fallback is None
+    alone = engine.generate(short, method=method, generation=SHORT)
+    assert (found[1].text, found[1].lookahead) == (alone.text, alone.lookahead)

@@ -218,7 +218,6 @@ class EngineOptions(BaseLanguageModel[Any]):
             name and options), "spans" (kept characters of the documents' original texts) and
             "fallback" (why documents were left whole although a method was given, else None).
         """
-        context = answer.context
         return {
             "model_name": self.loaded.model_name,
             "finish_reason": answer.finish_reason,
@@ -234,7 +233,7 @@ class EngineOptions(BaseLanguageModel[Any]):
                 }
                 for span in answer.spans
             ],
-            "fallback": context and context.stats.fallback,
+            "fallback": answer.fallback,
         }
 
 

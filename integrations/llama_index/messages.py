@@ -79,7 +79,6 @@ def report(answer: Answer, model: str, method: Method | None) -> dict[str, Any]:
         original texts), "fallback" (why documents were left whole although a method was given,
         else None) and "broken_calls" (tool calls that were cut off or cannot be read).
     """
-    context = answer.context
     return {
         "usage": {
             **token_counts(answer),
@@ -99,7 +98,7 @@ def report(answer: Answer, model: str, method: Method | None) -> dict[str, Any]:
             }
             for span in answer.spans
         ],
-        "fallback": context and context.stats.fallback,
+        "fallback": answer.fallback,
         "broken_calls": list(answer.broken_calls),
     }
 
