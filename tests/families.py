@@ -6,7 +6,7 @@ from functools import cache
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers import models as zoo
 
 COMMON: dict[str, Any] = {
@@ -24,6 +24,15 @@ COMMON: dict[str, Any] = {
     "tie_word_embeddings": False,
 }
 _SLIDING = ["sliding_attention", "full_attention"] * 2
+_SHARED = {
+    **COMMON,
+    "num_hidden_layers": 6,
+    "num_kv_shared_layers": 2,
+    "sliding_window": 24,
+    "layer_types": [*_SLIDING, *_SLIDING[:2]],
+    "vocab_size_per_layer_input": 128,
+    "hidden_size_per_layer_input": 8,
+}
 _CONFIGS: dict[str, Any] = {
     "llama": lambda: zoo.llama.LlamaConfig(**COMMON),
     "mistral": lambda: zoo.mistral.MistralConfig(**COMMON, sliding_window=24),
@@ -41,6 +50,11 @@ _CONFIGS: dict[str, Any] = {
     ),
     "gemma3": lambda: zoo.gemma3.Gemma3TextConfig(
         **COMMON, sliding_window=24, layer_types=_SLIDING, query_pre_attn_scalar=24
+    ),
+    # the last two layers look at the keys and values of the two before
+    "gemma3n": lambda: zoo.gemma3n.Gemma3nTextConfig(**_SHARED, laurel_rank=8),
+    "gemma4": lambda: zoo.gemma4.Gemma4TextConfig(
+        **_SHARED, global_head_dim=32, final_logit_softcapping=5.0
     ),
     "gpt_oss": lambda: zoo.gpt_oss.GptOssConfig(
         **COMMON,
@@ -66,14 +80,25 @@ def _without(values: dict[str, Any], name: str) -> dict[str, Any]:
     return {key: value for key, value in values.items() if key != name}
 
 
+def without_windows() -> PreTrainedConfig:
+    """Two layers with keys of their own, two that look at the second's."""
+    sizes = {**_SHARED, "num_hidden_layers": 4, "layer_types": ["full_attention"] * 4}
+    return zoo.gemma4.Gemma4TextConfig(**sizes, global_head_dim=16)
+
+
 @cache
 def build(
     name: str, implementation: str, vocab_size: int = COMMON["vocab_size"]
 ) -> PreTrainedModel:
     """A float32 model; all implementations of a family share the same weights."""
-    torch.manual_seed(0)
     config = _CONFIGS[name]()
     config.vocab_size = vocab_size
+    return build_from(config, implementation)
+
+
+def build_from(config: PreTrainedConfig, implementation: str) -> PreTrainedModel:
+    """A float32 model of any configuration with the vocabulary of `ids`."""
+    torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, attn_implementation=implementation)
     generator = torch.Generator().manual_seed(1)
     for parameter in model.parameters():  # sharper attention than the usual initialisation gives

@@ -109,8 +109,9 @@ def test_an_end_token_shortens_only_its_own_row() -> None:
     torch.testing.assert_close(both[0].scores, alone.scores, rtol=1e-4, atol=1e-6)
 
 
-def test_scoring_never_forms_all_logits() -> None:
-    model = families.build("llama", "sdpa")
+@pytest.mark.parametrize("name", ["llama", "gemma3n", "gemma4"])
+def test_scoring_never_forms_all_logits(name: str) -> None:
+    model = families.build(name, "sdpa")
     shapes = []
     hook = model.lm_head.register_forward_hook(lambda _m, _i, out: shapes.append(out.shape))
     try:

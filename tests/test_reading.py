@@ -135,6 +135,22 @@ def test_evicted_rows_side_by_side_equal_each_alone(way: str) -> None:
         assert [step[row] for step in steps] == expected
 
 
+def test_layers_that_look_at_anothers_keys_are_evicted_with_it(way: str) -> None:
+    model = families.build_from(families.without_windows(), "sdpa")
+    prompts = [families.ids(length, seed=length)[0] for length in (60, 41)]
+    nothing, fixed = [prompts[0][:0]] * 2, [torch.arange(size) >= size - 4 for size in (60, 41)]
+    start = start_evicted(model, prompts, nothing, SpecKV(window_size=4), [20, 20], fixed)
+    steps = list(next_tokens(model, prompts, SHORT, start))
+    assert len(set(map(tuple, steps))) > 1
+    for row, prompt in enumerate(prompts):
+        done = evict(model, [prompt], [prompt[:0]], SpecKV(window_size=4), [20], [fixed[row]])
+        layers = done.entries(0)
+        for later in layers[2:]:
+            assert all(torch.equal(a, b) for a, b in zip(layers[1], later, strict=True))
+        expected = [t for (t,) in next_tokens(model, [prompt], SHORT, done.start)]
+        assert [step[row] for step in steps] == expected
+
+
 def test_similar_lengths_share_a_pass() -> None:
     lengths = [100, 10, 90, 95, 9, 500]
     assert similar(lengths, 1000, 0.125) == [[5], [0, 3, 2], [1, 4]]

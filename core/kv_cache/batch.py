@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from transformers import Cache, DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
 
 from .layers import EvictedLayer, StoppableCache
 
@@ -14,7 +14,7 @@ from .layers import EvictedLayer, StoppableCache
 def can_join(model: PreTrainedModel) -> bool:
     """Whether `join_caches` knows all layers of this model's cache."""
     kinds = {type(layer) for layer in DynamicCache(config=model.config).layers}
-    return kinds <= {DynamicLayer, DynamicSlidingWindowLayer}
+    return kinds <= {DynamicLayer, DynamicSlidingWindowLayer, DummyLayer}
 
 
 def join_caches(
@@ -32,6 +32,8 @@ def join_caches(
     joined = StoppableCache(config=model.config)
     columns = max(part.get_seq_length() for part in parts)
     for index, layer in enumerate(joined.layers):
+        if isinstance(layer, DummyLayer):  # looks at another layer's keys
+            continue
         size = columns
         if isinstance(layer, DynamicSlidingWindowLayer):
             size = min(columns, layer.sliding_window - 1)
@@ -51,14 +53,17 @@ def join_evicted(parts: Sequence[Cache], rows: Sequence[Sequence[int]]) -> Cache
     """Evicted caches side by side as one; unfilled slots stand in front. The parts are emptied.
 
     Args:
-        parts: Caches of which all layers are plain `EvictedLayer`s with nothing behind the prompt.
+        parts: Caches whose layers are plain `EvictedLayer`s with nothing behind the prompt.
         rows: As for `join_caches`.
     """
-    joined = Cache(layers=[EvictedLayer() for _ in parts[0].layers])
+    joined = Cache(
+        layers=[EvictedLayer() if isinstance(la, EvictedLayer) else la for la in parts[0].layers]
+    )
     seen = max(part.get_seq_length() for part in parts)
     for index, layer in enumerate(joined.layers):
         pieces = [it for part in parts if isinstance(it := part.layers[index], EvictedLayer)]
-        assert isinstance(layer, EvictedLayer)  # for the type checker: made above
+        if not isinstance(layer, EvictedLayer):  # looks at another layer's keys
+            continue
         size = max(piece.keys.shape[2] for piece in pieces if piece.keys is not None)
         keys = _aligned([piece.keys for piece in pieces], rows, size)
         values = _aligned([piece.values for piece in pieces], rows, size)

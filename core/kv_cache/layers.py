@@ -16,8 +16,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from transformers import Cache, DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
 
 from ..errors import ModelError
 from ..models.attention_capture import AttentionCall, observing
@@ -28,6 +28,12 @@ from .storage import StoredLayer
 
 class StoppableCache(DynamicCache):
     """A full cache whose layers look whether the request's time is up or it was cancelled."""
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        super().__init__(config=config)
+        for index, layer in enumerate(self.layers):
+            if type(layer) is DynamicSlidingWindowLayer:
+                self.layers[index] = WindowLayer(layer.sliding_window)
 
     def update(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """Append a layer's newest keys and values, unless the request has ended."""
@@ -199,7 +205,9 @@ def attending(model: PreTrainedModel, cache: Cache) -> Iterator[None]:
         return
 
     def attend(call: AttentionCall) -> torch.Tensor | None:
-        layer = cache.layers[call.layer]
+        layer: Any = cache.layers[call.layer]
+        if isinstance(layer, DummyLayer):  # looks at the keys of an earlier layer
+            layer = next((la for la in layers if la.keys is call.key), None)
         if not isinstance(layer, UnevenLayer) or layer.reading:
             return None
         visible = None  # a single new token without a mask sees everything
@@ -218,23 +226,29 @@ def attending(model: PreTrainedModel, cache: Cache) -> Iterator[None]:
             layer.attended = False
 
 
-class NewestLayer(DynamicSlidingWindowLayer):
-    """A sliding-window layer, small by itself, that keeps the prompt's newest tokens only.
+class WindowLayer(DynamicSlidingWindowLayer):
+    """A sliding window, small by itself, that can wait for its prompt's end and hold a tree.
 
-    What the target read behind them (the lookahead, the last token) must leave no trace.
+    While it is `reading` nothing is stored until `keep_newest`: what the target read behind the
+    prompt (the lookahead, the last token) must leave no trace. While it is `wide` it shows all it
+    holds, the window before a tree of tokens and the whole tree, until `trees.keep_path`.
     """
 
-    def __init__(self, sliding_window: int) -> None:
+    def __init__(self, sliding_window: int, reading: bool = False) -> None:
         super().__init__(sliding_window)
-        self.reading = True
-        self.seen = 0  # tokens of the prompt
+        self.reading = self.waits = reading
+        self.wide = False
+        self.seen = 0  # tokens that cannot be taken back
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Pass the prompt through; later append as usual."""
+        """Pass the prompt through; later append as usual, or without letting go of anything."""
         if self.reading:
             return key_states, value_states
+        if self.wide:
+            self.cumulative_length += key_states.shape[-2]
+            return DynamicLayer.update(self, key_states, value_states, *args, **kwargs)
         keys, values = super().update(key_states, value_states, *args, **kwargs)
         return keys, values
 
@@ -251,9 +265,9 @@ class NewestLayer(DynamicSlidingWindowLayer):
         super().crop(tokens_to_remove)
 
     def reset(self) -> None:
-        """Forget everything and read again."""
+        """Forget everything; a prompt that was waited for is waited for again."""
         super().reset()
-        self.reading, self.seen = True, 0
+        self.reading, self.seen = self.waits, 0
 
 
 def evicting_cache(
@@ -272,7 +286,8 @@ def evicting_cache(
     """
     cache = DynamicCache(config=model.config)
     kinds = {type(layer) for layer in cache.layers}
-    strange = sorted(kind.__name__ for kind in kinds - {DynamicLayer, DynamicSlidingWindowLayer})
+    known = {DynamicLayer, DynamicSlidingWindowLayer, DummyLayer}
+    strange = sorted(kind.__name__ for kind in kinds - known)
     if strange or DynamicLayer not in kinds:
         raise ModelError(
             "SpecKV evicts full-attention layers and keeps sliding windows, but this model has "
@@ -282,12 +297,11 @@ def evicting_cache(
     states: Sequence[StoredLayer | None]
     states = before or [None] * len(cache.layers)
     evicted = UnevenLayer if uneven else EvictedLayer
-    cache.layers = [
-        NewestLayer(layer.sliding_window)
-        if isinstance(layer, DynamicSlidingWindowLayer)
-        else evicted(state)
-        for layer, state in zip(cache.layers, states, strict=True)
-    ]
+    for index, (layer, state) in enumerate(zip(cache.layers, states, strict=True)):
+        if isinstance(layer, DynamicSlidingWindowLayer):
+            cache.layers[index] = WindowLayer(layer.sliding_window, reading=True)
+        elif isinstance(layer, DynamicLayer):  # others look at an earlier layer's keys
+            cache.layers[index] = evicted(state)
     return cache
 
 

@@ -18,6 +18,9 @@ from .batch import can_join, join_caches
 from .layers import StoppableCache
 
 TOGETHER = {"cpu": 512}  # tokens of one pass over several prompts, padding included, by device
+# Layers that look at another layer's keys run only the rows of the logits that are wanted, unless
+# those are named by their places: all rows are observed, and one row gets logits.
+LAST_ROW = torch.tensor([-1])
 MOST_TOGETHER = 16_384  # on other devices
 MOST_PADDING = 0.125  # of a row of such a pass
 
@@ -65,7 +68,7 @@ def read_prompts(
                 position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
                 past_key_values=cache,
                 use_cache=keep,
-                logits_to_keep=1,
+                logits_to_keep=1 if observe is None else LAST_ROW,
             ).logits[:, -1]
         for row, its in zip(rows, found, strict=True):
             logits[row] = its

@@ -19,8 +19,8 @@ from ..config import SpecKV
 from ..errors import ModelError
 from ..kv_cache.layers import (
     EvictedLayer,
-    NewestLayer,
     UnevenLayer,
+    WindowLayer,
     evicting_cache,
     has_sliding_layers,
 )
@@ -187,6 +187,7 @@ class _Evictor:
         self.scores: list[torch.Tensor] = []
         self.kept: list[torch.Tensor] = []
         self.counts: list[torch.Tensor] = []
+        self.holders: dict[int, int] = {}  # address of a layer's keys -> the layer
         self.budgets: dict[int, torch.Tensor] = {}  # uneven layer -> (batch,) entries a head
 
     def protect(self, entries: torch.Tensor) -> None:
@@ -209,13 +210,16 @@ class _Evictor:
     def __call__(self, call: AttentionCall) -> torch.Tensor | None:
         key, value, queries = call.key, call.value, self.begin + call.query.shape[2]
         layer = self.cache.layers[call.layer]
-        if isinstance(layer, NewestLayer):
-            layer.keep_newest(key, value, self.columns - 1)
-            self.scores.append(torch.empty(key.shape[0], key.shape[1], 0))
-            self.kept.append(torch.empty(key.shape[0], key.shape[1], 0, dtype=torch.int64))
-            self.counts.append(torch.zeros(key.shape[:2], dtype=torch.int64))
+        if not isinstance(layer, EvictedLayer):
+            nothing = torch.empty(*key.shape[:2], 0)
+            kept, counts = nothing.long(), torch.zeros(key.shape[:2], dtype=torch.int64)
+            if isinstance(layer, WindowLayer):
+                layer.keep_newest(key, value, self.columns - 1)
+            else:  # looks at the keys of an earlier layer, and so at what that keeps
+                source = self.holders[key.data_ptr()]
+                kept, counts = self.kept[source], self.counts[source]
+            self._note(call, nothing, kept, counts)
             return None
-        assert isinstance(layer, EvictedLayer)
 
         def attention(first: int, last: int) -> torch.Tensor:
             found, _ = call.probabilities(self.padding, queries - first, last - first)
@@ -239,12 +243,18 @@ class _Evictor:
         else:
             kept, counts = self._choose(pooled), self.slots.expand(-1, key.shape[1])
         layer.keep(key, value, kept, self.columns - 1, counts)
-        self.scores.append(pooled.cpu())
-        self.kept.append(kept.cpu())
-        self.counts.append(counts.cpu())
+        self._note(call, pooled, kept, counts)
         if self.sparse is None:
             return None
         return self.sparse.attend(call, pooled, self.always)
+
+    def _note(
+        self, call: AttentionCall, scores: torch.Tensor, kept: torch.Tensor, counts: torch.Tensor
+    ) -> None:
+        self.holders[call.key.data_ptr()] = len(self.kept)
+        self.scores.append(scores.cpu())
+        self.kept.append(kept.cpu())
+        self.counts.append(counts.cpu())
 
     def _pool(self, scores: torch.Tensor) -> torch.Tensor:
         """Pool over rivals only: nothing outside for max, zeros outside for mean."""

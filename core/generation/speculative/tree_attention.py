@@ -12,14 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import Cache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from ...kv_cache.layers import EvictedLayer, NewestLayer, UnevenLayer, attending
+from ...kv_cache.layers import attending
+from ...kv_cache.trees import columns, full_layers, keep_path, windows, without_trees
 from ...models.attention_capture import own_implementation
 from ...models.loading import context_window
 
-_FULL = (DynamicLayer, EvictedLayer, UnevenLayer)
-_SLIDING = (DynamicSlidingWindowLayer, NewestLayer)
 _KINDS = {"full_attention", "sliding_attention"}
 
 
@@ -31,8 +29,7 @@ def obstacle(model: PreTrainedModel, cache: Cache) -> str | None:
         return f"{own} attention takes no tree mask; load the model with sdpa or eager"
     if not getattr(model, "_supports_attention_backend", False):
         return f"{type(model).__name__} does not use transformers' attention interface"
-    kinds = {type(layer) for layer in cache.layers}
-    strange = sorted(kind.__name__ for kind in kinds - {*_FULL, *_SLIDING})
+    strange = without_trees(cache)
     strange += sorted(set(getattr(config, "layer_types", None) or ()) - _KINDS)
     if strange:
         return f"cache layers without support for trees: {', '.join(strange)}"
@@ -53,11 +50,12 @@ class TreeReader:
         self.length = mask.shape[1]  # tokens that stay
         self._ancestors: list[list[int]] = []  # of each node behind them, itself included
         self._text_mask: torch.Tensor | None = None  # of the newest pass, if it read no branches
-        cache.layers = [_widened(layer) for layer in cache.layers]
+        sliding = windows(cache)
+        for layer in sliding:
+            layer.wide = True
         config = model.config.get_text_config()
-        windows = [la.sliding_window for la in cache.layers if isinstance(la, WideWindowLayer)]
-        self._window: int | None = windows[0] if windows else None
-        self._mixed = 0 < len(windows) < len(cache.layers)
+        self._window = sliding[0].sliding_window if sliding else None
+        self._mixed = bool(sliding and full_layers(cache))
         self._additive = own_implementation(config) == "eager"
         self._limits = context_window(model), *_rotation_border(config)
 
@@ -107,16 +105,11 @@ class TreeReader:
         nodes = len(self._ancestors)
         text = self._text_mask if len(path) == nodes else None  # all of it stays where it is
         if text is None or self._window is not None:
-            for layer in self._layers():
-                if layer.is_initialized:
-                    _keep_path(layer, nodes, path, self.length + len(path))
+            keep_path(self.cache, nodes, path, self.length + len(path))
         self.length += len(path)
         added = self._mask.new_ones(1, len(path))
         self._mask = torch.cat([self._mask, added], dim=1) if text is None else text
         self._ancestors = []
-
-    def _layers(self) -> list[Any]:
-        return list(self.cache.layers)
 
     def _tree_mask(self, before: int, depths: list[int]) -> Any:
         """What the nodes from `before` on may see: one mask, or one for each kind of layer."""
@@ -124,17 +117,14 @@ class TreeReader:
         tree = np.zeros((len(depths), nodes), dtype=bool)
         for row, line in enumerate(self._ancestors[before:]):
             tree[row, line] = True
-        layers = [layer for layer in self._layers() if layer.is_initialized]
-        full = next((la for la in layers if not isinstance(la, WideWindowLayer)), None)
         masks: dict[str, torch.Tensor] = {}
-        if full is not None:
-            past = _columns(full) - before
+        if full := full_layers(self.cache):
+            past = columns(full[0]) - before
             masks["full_attention"] = self._finish(
                 np.concatenate([np.ones((len(depths), past), dtype=bool), tree], axis=1)
             )
         if self._window is not None:
-            layer = next(la for la in layers if isinstance(la, WideWindowLayer))
-            past = _columns(layer) - before
+            past = columns(windows(self.cache)[0]) - before
             own = np.array(depths)[:, None]  # (nodes, 1), counted from `length`
             others = np.array([len(line) - 1 for line in self._ancestors])  # (nodes of the tree,)
             seen = own - np.arange(-past, 0) < self._window
@@ -150,51 +140,6 @@ class TreeReader:
         dtype = self.model.dtype
         lowest = torch.full((), torch.finfo(dtype).min, dtype=dtype, device=mask.device)
         return torch.where(mask, torch.zeros_like(lowest), lowest)
-
-
-class WideWindowLayer(DynamicSlidingWindowLayer):
-    """A sliding window that shows all it holds: the window before the tree, and the whole tree."""
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append; `TreeReader.keep` shortens."""
-        self.cumulative_length += key_states.shape[-2]
-        return DynamicLayer.update(self, key_states, value_states, *args, **kwargs)
-
-
-def _columns(layer: Any) -> int:
-    """Entries of the part that masks describe."""
-    return int(layer.keys.shape[-2])
-
-
-def _widened(layer: Any) -> Any:
-    """The same sliding window as a layer that can hold a tree; other layers as they are."""
-    if not isinstance(layer, _SLIDING) or isinstance(layer, WideWindowLayer):
-        return layer
-    wide = WideWindowLayer(layer.sliding_window)
-    for name in (*vars(wide), "dtype", "device"):
-        if hasattr(layer, name):
-            setattr(wide, name, getattr(layer, name))
-    return wide
-
-
-def _keep_path(layer: Any, nodes: int, path: Sequence[int], length: int) -> None:
-    """Leave the path's columns of the newest `nodes` ones, and of a window what is still seen."""
-    past = _columns(layer) - nodes
-    end, first = past + len(path), 0
-    if isinstance(layer, WideWindowLayer):
-        first = max(0, end - layer.sliding_window + 1)
-        layer.cumulative_length = length
-    moved = list(path) != list(range(len(path)))
-    if not moved and first == 0 and len(path) == nodes:
-        return  # all of it stays where it is
-    columns = torch.tensor(path, device=layer.keys.device) + past if moved else None
-    for name in ("keys", "values"):
-        states = getattr(layer, name)  # (1, kv_heads, columns, head_dim), owned by the cache
-        if columns is not None:
-            states[:, :, past:end] = states[:, :, columns]
-        setattr(layer, name, states[:, :, first:end])
 
 
 def _rotation_border(config: Any) -> tuple[int | None, bool]:
