@@ -12,7 +12,6 @@ import logging
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -28,6 +27,7 @@ from .prompt.encoder import PromptTokens
 from .prompt.messages import Prompt
 from .request import Memories
 from .runtime.clock import Clock
+from .runtime.deadline import deadline_after, until
 from .runtime.worker import Worker
 from .types import Answer, Chunk, Passage, Segment
 
@@ -76,8 +76,8 @@ class Session:
     def answer(
         self,
         question: str,
-        *,
         method: SpecKV | None = None,
+        *,
         generation: Generation | None = None,
     ) -> Answer:
         """Answer a question about the documents without reading them again.
@@ -85,7 +85,7 @@ class Session:
         Args:
             question: The user's question.
             method: Selects cache entries per question; None uses all of them.
-            generation: Decoding options; greedy by default.
+            generation: Decoding options and the request's timeout; greedy by default.
 
         Returns:
             What `Engine.answer` returns for the same documents and method; with `storage="int8"`
@@ -94,15 +94,25 @@ class Session:
         Raises:
             ModelError: The method compresses text, which would have to be read again.
         """
-        *_, last = self.stream(question, method=method, generation=generation)
+        *_, last = self.stream(question, method, generation=generation)
         assert last.answer is not None  # the last chunk carries it
         return last.answer
+
+    async def aanswer(
+        self,
+        question: str,
+        method: SpecKV | None = None,
+        *,
+        generation: Generation | None = None,
+    ) -> Answer:
+        """`answer` without blocking the event loop, in turns with the engine's other requests."""
+        return await last_answer(self.astream(question, method, generation=generation))
 
     def stream(
         self,
         question: str,
-        *,
         method: SpecKV | None = None,
+        *,
         generation: Generation | None = None,
     ) -> Iterator[Chunk]:
         """`answer` piece by piece; the last chunk carries the `Answer`. Close it to cancel."""
@@ -111,33 +121,34 @@ class Session:
         prompt = Prompt.from_question(question, self.passages, system=self.system)
         return self.pipeline.stream(prompt, method, options, "raise", self.memories)
 
-    async def aanswer(self, question: str, **options: Any) -> Answer:
-        """`answer` without blocking the event loop; takes the same options.
+    def astream(
+        self,
+        question: str,
+        method: SpecKV | None = None,
+        *,
+        generation: Generation | None = None,
+    ) -> AsyncIterator[Chunk]:
+        """`stream` without blocking the event loop, in turns with the engine's other requests."""
+        return self.worker.steps(self.stream(question, method, generation=generation))
 
-        Requests of the engine and of its sessions take turns, see `Engine.aanswer`.
-        """
-        return await last_answer(self.astream(question, **options))
-
-    def astream(self, question: str, **options: Any) -> AsyncIterator[Chunk]:
-        """`stream` without blocking the event loop; takes the same options."""
-        return self.worker.steps(self.stream(question, **options))
-
-    def extend(self, passages: Sequence[str | Passage]) -> Session:
+    def extend(self, passages: Sequence[str | Passage], *, timeout: float | None = None) -> Session:
         """A session with more documents behind these; only the new ones are read.
 
         This session stays as it is and can still be asked.
 
         Args:
             passages: What is added; numbers and default ids go on from the last passage.
+            timeout: Seconds after which the reading fails; None for no limit.
 
         Raises:
             PromptError: There is nothing to read, or all together exceed the target's window.
+            RequestTimeoutError: The time is up.
         """
         if not Prompt.from_question("?", passages).passages:
             raise PromptError("There are no passages to add: give at least one.")
         prompt = Prompt.from_question("?", [*self.passages, *passages], system=self.system)
         clock = Clock()
-        with clock("read"):
+        with clock("read"), until(deadline_after(timeout)):
             memories = _read(self.pipeline, prompt, self.storage, self.memories)
         return replace(
             self,
@@ -146,6 +157,12 @@ class Session:
             mapped=False,
             seconds=clock.seconds,
         )
+
+    async def aextend(
+        self, passages: Sequence[str | Passage], *, timeout: float | None = None
+    ) -> Session:
+        """`extend` without blocking the event loop."""
+        return await self.worker.run(self.extend, passages, timeout=timeout)
 
     @property
     def stats(self) -> SessionStats:
@@ -170,7 +187,10 @@ class Session:
         """Write the session into a folder: safetensors and JSON, no code.
 
         A session that was saved there before is replaced; one that is mapped from it goes on
-        working with the old bytes.
+        working with the old bytes. Metadata is kept as JSON has it: tuples come back as lists.
+
+        Raises:
+            PromptError: Some passage's metadata is no JSON (a date, say); nothing is written.
         """
         saved = SavedSession(
             model=self.model_name,

@@ -111,6 +111,34 @@ async def test_cancelled_compressions_end_at_the_next_layer() -> None:
             assert gate.layers == 0
 
 
+@pytest.mark.parametrize(("model", "passes"), [("target", 1), ("draft", 1)])
+async def test_a_session_stops_reading_at_the_next_layer(model: str, passes: int) -> None:
+    engine = tiny_engine()
+    session = engine.session(TEXTS[:1])
+    for read in (lambda: engine.asession(TEXTS), lambda: session.aextend(TEXTS)):
+        held = caches()
+        with gated(getattr(engine, model), passes) as gate:
+            await cancelled_inside(gate, read(), engine._worker)
+            assert gate.layers == 0
+        assert caches() == held
+
+
+@pytest.mark.parametrize("model", ["target", "draft"])
+def test_a_session_that_takes_too_long_ends_at_the_next_layer(model: str) -> None:
+    engine = tiny_engine()
+    session = engine.session(TEXTS[:1])
+    reads: list[Callable[..., Any]] = [engine.session, session.extend]
+    for read in reads:
+        with gated(getattr(engine, model), 1) as gate:
+            timer = threading.Timer(0.2, gate.released.set)
+            timer.start()
+            with pytest.raises(RequestTimeoutError):
+                read(TEXTS, timeout=0.1)
+            timer.join()
+            assert gate.layers == 0
+        assert read(TEXTS, timeout=60.0).passages
+
+
 async def test_a_waiting_request_that_is_cancelled_never_runs() -> None:
     engine = tiny_engine()
     with gated(engine.target, 1) as gate:

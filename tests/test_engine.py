@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import inspect
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -11,9 +12,12 @@ import torch
 from transformers import DynamicCache
 
 from draftsieve import Engine, Generation, Prompt, SpecPC
+from draftsieve.core.compressor import Compressor
+from draftsieve.core.conversation.compressor import TurnCompressor
 from draftsieve.core.errors import ModelError, OutOfMemoryError, PromptError
 from draftsieve.core.generation.sampling import Sampler
 from draftsieve.core.models.loading import explain_out_of_memory
+from draftsieve.core.session import Session
 
 from .adapters_fixtures import QUESTION, TEXTS, tiny_engine, tiny_model, tiny_tokenizer
 
@@ -257,6 +261,52 @@ def test_errors_say_what_to_do() -> None:
         Engine(tiny_model(64, seed=2), None).answer(QUESTION, TEXTS)
     with pytest.raises(PromptError, match="shape"):
         engine.trace(torch.zeros(3, dtype=torch.int64))
+
+
+def test_unequal_lengths_are_named() -> None:
+    engine = tiny_engine()
+    with pytest.raises(PromptError, match="2 questions but 1 lists of passages"):
+        engine.answer_many(["one?", "two?"], [TEXTS])
+    with pytest.raises(PromptError, match="3 prompts but 2 generation options"):
+        engine.generate_many(PROMPTS, generation=[SHORT, SHORT])
+
+
+@pytest.mark.parametrize("kind", [Engine, Session, Compressor, TurnCompressor])
+def test_asynchronous_twins_take_what_the_others_take(kind: type) -> None:
+    names = {name for name in dir(kind) if not name.startswith("_")}
+    twins = {name for name in names if name.startswith("a") and name[1:] in names}
+    asked = {"answer", "stream", "compress", "generate", "guess_answer", "extend", "session"}
+    asked |= {"answer_many", "generate_many", "stream_prompt"}
+    assert {f"a{name}" for name in names & asked} <= twins
+    for name in twins:
+        ours, theirs = (inspect.signature(getattr(kind, each)) for each in (name, name[1:]))
+        assert list(ours.parameters.values()) == list(theirs.parameters.values()), name
+
+
+def test_method_and_timeout_stand_in_the_same_place_everywhere() -> None:
+    for kind in (Engine, Session, Compressor):
+        for name in dir(kind):
+            if name.startswith("_") or not inspect.isfunction(call := getattr(kind, name)):
+                continue
+            kinds = {p.name: p.kind for p in inspect.signature(call).parameters.values()}
+            if "timeout" in kinds:
+                assert list(kinds)[-1] == "timeout", name
+                assert kinds["timeout"] is inspect.Parameter.KEYWORD_ONLY
+            if "method" in kinds and "generation" in kinds:
+                positional = [
+                    n for n, k in kinds.items() if k is not inspect.Parameter.KEYWORD_ONLY
+                ]
+                assert positional[-1] == "method", name
+
+
+def test_the_exact_prompt_can_be_seen() -> None:
+    engine, prompt = tiny_engine(), PROMPTS[0]
+    text = engine.render(prompt)
+    assert text.startswith("<|im_start|>system\n")
+    assert text.endswith(f"Question: {QUESTION}<|im_end|>\n<|im_start|>assistant\n")
+    assert all(passage in text for passage in TEXTS)
+    ids = tiny_tokenizer()(text, add_special_tokens=False)["input_ids"]
+    assert len(ids) == engine.generate(prompt, generation=SHORT).usage.prompt_tokens
 
 
 def test_answers_end_at_the_targets_window() -> None:

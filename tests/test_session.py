@@ -6,6 +6,7 @@ import asyncio
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -300,6 +301,38 @@ def test_a_mapped_session_is_its_own_copy(tmp_path: Path, storage: Storage) -> N
         )
     assert found == expected * 2
     assert len(engine.load_session(tmp_path).passages) == 1
+
+
+def test_metadata_that_is_no_json_is_named_and_nothing_is_written(tmp_path: Path) -> None:
+    engine = tiny_engine()
+    kept = engine.session([Passage(TEXTS[0], "old", {"odd": "\ud800", "pages": (1, 2)})])
+    kept.save(tmp_path / "a")
+    loaded = engine.load_session(tmp_path / "a")
+    assert loaded.passages[0].metadata == {"odd": "\ud800", "pages": [1, 2]}
+    dated = [TEXTS[1], Passage(TEXTS[0], "b", {"page": 1, "seen": date(2024, 5, 1)})]
+    session = engine.session(dated)
+    for folder in (tmp_path / "a", tmp_path / "new"):
+        with pytest.raises(PromptError, match=r"Metadata 'seen' of passage 2 \(id 'b'\)"):
+            session.save(folder)
+    assert not (tmp_path / "new").exists()
+    assert engine.load_session(tmp_path / "a").passages == loaded.passages
+
+
+def test_a_save_that_fails_leaves_the_old_session(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = tiny_engine()
+    engine.session(TEXTS[:1]).save(tmp_path)
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="No space"):
+        engine.session(TEXTS).save(tmp_path)
+    monkeypatch.undo()
+    assert len(engine.load_session(tmp_path).passages) == 1
+    assert {p.name for p in tmp_path.iterdir()} == {"memory.safetensors", "session.json"}
 
 
 def test_another_draft_is_noticed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from ..errors import ModelError
+from ..errors import ModelError, PromptError
 from ..types import Passage
 from .prefix import Memory
 from .storage import Storage, StoredLayer, StoredStates
@@ -34,26 +34,46 @@ class SavedSession:
 
 
 def write_files(saved: SavedSession, folder: Path) -> None:
-    """Write both files under other names first, so that a mapped or half-written one is no risk."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write both files under other names first, so that a mapped or half-written one is no risk.
+
+    Raises:
+        PromptError: Metadata is no JSON; nothing has been written then.
+    """
+    text = json.dumps(  # ASCII, so that even lone surrogates come back as they were
+        {
+            "model": saved.model,
+            "weights": dict(saved.weights),
+            "system": saved.system,
+            "storage": saved.storage,
+            "passages": [_described(*each) for each in enumerate(saved.passages, start=1)],
+        }
+    )
     tensors: dict[str, torch.Tensor] = {}
     for role, memory in saved.memories.items():
         if memory is not None:
             tensors.update(_named(role, memory))
-    described = {
-        "model": saved.model,
-        "weights": dict(saved.weights),
-        "system": saved.system,
-        "storage": saved.storage,
-        "passages": [
-            {"text": p.text, "id": p.id, "metadata": dict(p.metadata)} for p in saved.passages
-        ],
-    }
-    text = json.dumps(described, ensure_ascii=False)
-    save_file(tensors, folder / f"{TENSORS}.new")
-    (folder / f"{DESCRIPTION}.new").write_text(text, encoding="utf-8")
-    for name in (TENSORS, DESCRIPTION):
-        os.replace(folder / f"{name}.new", folder / name)
+    folder.mkdir(parents=True, exist_ok=True)
+    new = {name: folder / f"{name}.new" for name in (TENSORS, DESCRIPTION)}
+    try:
+        save_file(tensors, new[TENSORS])
+        new[DESCRIPTION].write_text(text, encoding="utf-8")
+        for name, file in new.items():
+            os.replace(file, folder / name)
+    finally:
+        for file in new.values():
+            file.unlink(missing_ok=True)
+
+
+def _described(number: int, passage: Passage) -> dict[str, Any]:
+    for key, value in passage.metadata.items():
+        try:
+            json.dumps({key: value})
+        except (TypeError, ValueError) as error:
+            raise PromptError(
+                f"Metadata {key!r} of passage {number} (id {passage.id!r}) cannot be saved: "
+                f"{error}. Give it as text or numbers, or as lists or dictionaries of these."
+            ) from error
+    return {"text": passage.text, "id": passage.id, "metadata": dict(passage.metadata)}
 
 
 def read_files(folder: Path, mmap: bool) -> SavedSession:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from .layers import full_states, require_full_attention
+from .layers import StoppableCache, full_states, require_full_attention
 from .prefill import Start
 from .storage import Storage, StoredLayer, StoredStates
 
@@ -67,7 +67,7 @@ class Memory:
 
     def _copy(self, model: PreTrainedModel, size: int) -> DynamicCache:
         """A working cache of the first `size` tokens."""
-        cache = DynamicCache(config=model.config)
+        cache = StoppableCache(config=model.config)
         for index, layer in enumerate(self.part(size) if size else []):
             cache.update(layer.keys.whole(model.device), layer.values.whole(model.device), index)
         return cache
@@ -85,7 +85,7 @@ def read_memory(model: PreTrainedModel, ids: torch.Tensor, storage: Storage = "m
         ModelError: A layer is not plain full attention.
     """
     require_full_attention(model)
-    cache = DynamicCache(config=model.config)
+    cache = StoppableCache(config=model.config)
     return Memory(ids.cpu(), tuple(_read(model, ids, cache, 0, storage)))
 
 

@@ -94,6 +94,17 @@ class PromptEncoder:
         trusted = [span for piece, span in spans if piece.trusted]
         return _locate(self._plain.encode_rendered(text, trusted), pieces, bounds, prompt)
 
+    def render(self, prompt: Prompt) -> str:
+        """The text that `encode` tokenises, up to and including the generation prompt.
+
+        Args:
+            prompt: What to render.
+
+        Raises:
+            PromptError: As for `encode`.
+        """
+        return "".join(piece.text for piece in self._template.render(prompt))
+
     def encodes_like(self, other: PromptEncoder) -> bool:
         """Whether both surely give every prompt the same tokens.
 

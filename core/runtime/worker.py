@@ -10,10 +10,11 @@ from contextvars import copy_context
 from dataclasses import dataclass, field
 from functools import partial
 from threading import Event
-from typing import Any, TypeVar
+from typing import ParamSpec, TypeVar
 
 from .deadline import RequestCancelledError, check_deadline, waiting
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 
@@ -30,7 +31,7 @@ class Worker:
     def __reduce__(self) -> tuple[type[Worker], tuple[()]]:
         return Worker, ()  # a copy has a thread of its own
 
-    async def run(self, call: Callable[..., T], *args: Any, **options: Any) -> T:
+    async def run(self, call: Callable[P, T], *args: P.args, **options: P.kwargs) -> T:
         """Run a call when its turn comes; the event loop stays free."""
         caller = _Caller()
         try:
