@@ -18,8 +18,8 @@ from draftsieve.core.kv_cache.prefix import read_memory
 from draftsieve.core.speckv import sparse_prefill
 from draftsieve.core.speckv.evict import Eviction, evict
 from draftsieve.core.speckv.scorers import SCORERS
-from draftsieve.core.speckv.sparse_flex import flex_sparse_attention
 from draftsieve.core.speckv.sparse_prefill import choose_columns, is_worth, sparse_attention
+from examples.benchmarks.sparse_flex import flex_sparse_attention
 
 from . import families
 from .adapters_fixtures import QUESTION, TEXTS, tiny_engine, tiny_model, tiny_tokenizer

@@ -3,9 +3,9 @@
 Reads prompts with SpecKV dense and sparse in one go, repeats interleaved, on a random model of a
 chosen shape and on the bundled target (whose positions were not trained that far: its times count,
 its answers would not). The sparse side is forced, also where the automatic rule of
-`core/sparse_prefill.py` would read dense; the last column says what the rule would do. Prints a
-Markdown table of medians and half spreads, and for each model and pair of sizes the length from
-which sparse was faster. On CUDA FlexAttention is compared too, on one layer's attention alone.
+`core/speckv/sparse_prefill.py` would read dense; the last column says what the rule would do.
+Prints a Markdown table of medians and half spreads, and for each model and pair of sizes the length
+from which sparse was faster. On CUDA FlexAttention is compared too, on one layer's attention alone.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from contextlib import contextmanager
 from statistics import median
 
 import torch
+from sparse_flex import flex_sparse_attention
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from draftsieve import SpecKV
 from draftsieve.core.models.loading import load_model
 from draftsieve.core.speckv import sparse_prefill
 from draftsieve.core.speckv.evict import evict
-from draftsieve.core.speckv.sparse_flex import flex_sparse_attention
 from draftsieve.core.speckv.sparse_prefill import is_worth, sparse_attention
 
 

@@ -1,7 +1,7 @@
 """Vertical-slash sparse attention by FlexAttention, one fused kernel: a candidate for CUDA.
 
-Not chosen by itself: `examples/benchmarks/sparse_prefill.py --device cuda` compares it with
-gathered columns (`sparse_prefill.py`).
+Not part of the package: `sparse_prefill.py --device cuda` beside this file compares it with
+gathered columns.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from .sparse_prefill import SLASH
+from draftsieve.core.speckv.sparse_prefill import SLASH
 
 BLOCK = 128  # queries and keys of one block
 
