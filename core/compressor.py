@@ -248,6 +248,7 @@ class Compressor:
         *,
         system: str | None = DEFAULT_SYSTEM,
         on_error: OnError = "raise",
+        timeout: float | None = None,
     ) -> str:
         """The draft's own answer from passages, right or wrong, as words for a second search.
 
@@ -257,16 +258,18 @@ class Compressor:
             tokens: Most tokens of the answer.
             system: As for `compress`.
             on_error: "raise", or "original" for no answer where the draft fails, with a warning.
+            timeout: As for `compress`.
 
         Returns:
             The answer's text; "" if there is none.
         """
         try:
             prompt = Prompt.from_question(question, passages, system=system)
-            if self.draft.window is not None:
-                room = SpecPC(capacity=self.draft.window - tokens)
-                prompt = self.compress_prompt(prompt, room)[0]
-            return self.draft.text(self.guess(prompt, tokens)).strip()
+            with until(deadline_after(timeout)):
+                if self.draft.window is not None:
+                    room = SpecPC(capacity=self.draft.window - tokens)
+                    prompt = self.compress_prompt(prompt, room)[0]
+                return self.draft.text(self.guess(prompt, tokens)).strip()
         except Exception as error:
             if on_error == "raise":
                 raise
@@ -282,10 +285,17 @@ class Compressor:
         *,
         system: str | None = DEFAULT_SYSTEM,
         on_error: OnError = "raise",
+        timeout: float | None = None,
     ) -> str:
         """`guess_answer` in the compressor's worker thread; the event loop stays free."""
         return await self.worker.run(
-            self.guess_answer, question, passages, tokens, system=system, on_error=on_error
+            self.guess_answer,
+            question,
+            passages,
+            tokens,
+            system=system,
+            on_error=on_error,
+            timeout=timeout,
         )
 
     def count_tokens(self, text: str) -> int:

@@ -68,7 +68,7 @@ class PromptEngine:
         self.draft = None if draft_model is None else accept(draft_model)
         self.model_name = name or target_model.config.name_or_path or "target"
         self.context_window = context_window(target_model)
-        self.tokenizer = tokenizer
+        self.tokenizer, self.template_options = tokenizer, template_options
         self.compressor: Compressor | None = None
         self._pipeline: Pipeline | None = None
         reader = draft_tokenizer or tokenizer

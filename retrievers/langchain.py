@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from copy import deepcopy
 from inspect import Parameter, signature
 from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field
 
-from ..core.config import SpecPC
 from ..core.types import CompressedContext, Passage
 from .bm25 import Bm25Index
 from .extras import require
-from .options import DraftOptions
+from .options import DraftOptions, SieveOptions
 from .provenance import KEY
 from .sieved import Mode, Order, fused, picked, reading
 
@@ -32,6 +31,17 @@ Count = Annotated[int, Field(ge=1)]
 _STRICT = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
 
 
+def as_passages(documents: Iterable[str | Document | Passage]) -> list[str | Passage]:
+    """Turn documents into passages; texts and passages stay as they are."""
+    return [Passage(d.page_content, d.id) if isinstance(d, Document) else d for d in documents]
+
+
+def shortened_copy(document: Document, text: str, kept: Mapping[str, Any]) -> Document:
+    """A document's copy with another text, and in its metadata what was kept."""
+    metadata = {**deepcopy(document.metadata), KEY: kept}
+    return document.model_copy(update={"page_content": text, "metadata": metadata})
+
+
 class Bm25Retriever(BaseRetriever):
     """Finds documents by the words they share with the query.
 
@@ -47,11 +57,17 @@ class Bm25Retriever(BaseRetriever):
 
     @classmethod
     def from_documents(
-        cls, documents: Sequence[Document], *, k: int = 4, **options: Any
+        cls,
+        documents: Sequence[Document],
+        *,
+        k: int = 4,
+        k1: float = 1.5,
+        b: float = 0.75,
+        stopwords: Collection[str] = (),
     ) -> Bm25Retriever:
-        """Index documents; options as for `Bm25Index`."""
+        """Index documents; `k1`, `b` and `stopwords` are those of `Bm25Index`."""
         passages = [Passage(d.page_content, d.id, deepcopy(d.metadata)) for d in documents]
-        return cls(index=Bm25Index(passages, **options), k=k)
+        return cls(index=Bm25Index(passages, k1=k1, b=b, stopwords=stopwords), k=k)
 
     def _get_relevant_documents(
         self, query: str, *, run_manager: CallbackManagerForRetrieverRun, k: int | None = None
@@ -70,7 +86,7 @@ class Bm25Retriever(BaseRetriever):
         ]
 
 
-class SievedRetriever(DraftOptions, BaseRetriever):
+class SievedRetriever(SieveOptions, BaseRetriever):
     """Fetches k * n documents, lets a draft read them once, and keeps the best of at most k.
 
     The budget is one for all documents. They come back as copies; `metadata["draftsieve"]` tells
@@ -81,14 +97,14 @@ class SievedRetriever(DraftOptions, BaseRetriever):
             `fetch_argument`; one that does not know it returns as many as it is set to.
         k: Most documents returned; `invoke(query, k=...)` overrides it.
         n: How many times as many are fetched.
-        method: Budget over all documents, and how they are read; `ratio` is a share of what was
-            fetched.
+        method: Budget over all documents, and how they are read; a `ratio` is a share of all that
+            was fetched. None keeps whole sentences that hold 0.35 of it.
         mode: "sieve" keeps the best documents and, inside them, the best spans; "rerank" keeps
             the best documents whole, the best first.
         order: "original" (as fetched) or "score"; None for the mode's own.
         fetch_argument: Name under which the base retriever takes the number of documents.
 
-    For the other options see `DraftOptions`.
+    For the other options see `SieveOptions`.
     """
 
     model_config = _STRICT
@@ -96,7 +112,6 @@ class SievedRetriever(DraftOptions, BaseRetriever):
     retriever: BaseRetriever
     k: Count = 4
     n: Count = 4
-    method: SpecPC = SpecPC.preset("2026-11", capacity=1024)
     mode: Mode = "sieve"
     order: Order | None = None
     fetch_argument: str = "k"
@@ -112,7 +127,8 @@ class SievedRetriever(DraftOptions, BaseRetriever):
         k = self.k if k is None else k
         config = RunnableConfig(callbacks=run_manager.get_child())
         found = self.retriever.invoke(query, config, **self._fetch(k), **options)[: k * self.n]
-        context = self.loaded.compress(query, _passages(found), **self._reading(k))
+        method = reading(self.method, self.mode, k)
+        context = self.loaded.compress(query, as_passages(found), method, **self.asking())
         return self._documents(found, context, k)
 
     async def _aget_relevant_documents(
@@ -126,27 +142,19 @@ class SievedRetriever(DraftOptions, BaseRetriever):
         k = self.k if k is None else k
         fetch = {**self._fetch(k), **options}
         found = (await _asearch(self.retriever, query, run_manager, fetch))[: k * self.n]
-        context = await self.loaded.acompress(query, _passages(found), **self._reading(k))
+        method = reading(self.method, self.mode, k)
+        context = await self.loaded.acompress(query, as_passages(found), method, **self.asking())
         return self._documents(found, context, k)
 
     def _fetch(self, k: int) -> dict[str, Any]:
         return {self.fetch_argument: k * self.n}
-
-    def _reading(self, k: int) -> dict[str, Any]:
-        method = reading(self.method, self.mode, k)
-        return {"method": method, "system": self.system, "on_error": self.on_error}
 
     def _documents(
         self, found: Sequence[Document], context: CompressedContext, k: int
     ) -> list[Document]:
         """Copies of what was kept, by index."""
         return [
-            found[sieved.index].model_copy(
-                update={
-                    "page_content": sieved.text,
-                    "metadata": {**deepcopy(found[sieved.index].metadata), KEY: sieved.kept},
-                }
-            )
+            shortened_copy(found[sieved.index], sieved.text, sieved.kept)
             for sieved in picked(context, k, self.mode, self.order)
         ]
 
@@ -187,7 +195,9 @@ class LookaheadRetriever(DraftOptions, BaseRetriever):
         config = RunnableConfig(callbacks=run_manager.get_child())
         options = {self.fetch_argument: k, **options}
         first = self.retriever.invoke(query, config, **options)
-        guess = self.loaded.guess_answer(query, _passages(first), **self._guessing())
+        guess = self.loaded.guess_answer(
+            query, as_passages(first), self.lookahead_tokens, **self.asking()
+        )
         second = self.retriever.invoke(f"{query} {guess}", config, **options) if guess else []
         return _merged(first, second)[:k]
 
@@ -202,17 +212,12 @@ class LookaheadRetriever(DraftOptions, BaseRetriever):
         k = self.k if k is None else k
         options = {self.fetch_argument: k, **options}
         first = await _asearch(self.retriever, query, run_manager, options)
-        guess = await self.loaded.aguess_answer(query, _passages(first), **self._guessing())
+        guess = await self.loaded.aguess_answer(
+            query, as_passages(first), self.lookahead_tokens, **self.asking()
+        )
         again = f"{query} {guess}"
         second = await _asearch(self.retriever, again, run_manager, options) if guess else []
         return _merged(first, second)[:k]
-
-    def _guessing(self) -> dict[str, Any]:
-        return {
-            "tokens": self.lookahead_tokens,
-            "system": self.system,
-            "on_error": self.on_error,
-        }
 
 
 async def _asearch(
@@ -233,10 +238,6 @@ async def _asearch(
         return await retriever.ainvoke(query, config, **options)
     config = RunnableConfig(callbacks=run_manager.get_sync().get_child())
     return await asyncio.to_thread(retriever.invoke, query, config, **options)
-
-
-def _passages(documents: Sequence[Document]) -> list[Passage]:
-    return [Passage(document.page_content, document.id) for document in documents]
 
 
 def _merged(*results: Sequence[Document]) -> list[Document]:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from copy import copy, deepcopy
-from typing import Any
+from typing import Any, Unpack
 
 from ..core.config import SpecPC
 from ..core.errors import ConfigError
 from ..core.types import CompressedContext, Passage
 from .bm25 import Bm25Index
 from .extras import require
-from .options import DraftOptions
+from .options import DraftArguments, DraftOptions
 from .provenance import KEY
-from .sieved import Mode, Order, Sieved, fused, picked, reading
+from .sieved import Mode, Order, fused, picked, reading
 
 require("llama_index.core", "llama-index", "draftsieve.retrievers.llama_index")
 
@@ -27,6 +27,39 @@ from llama_index.core.schema import (  # noqa: E402
     QueryBundle,
     TextNode,
 )
+
+Document = str | BaseNode | NodeWithScore | Passage
+
+
+def as_passages(documents: Iterable[Document]) -> list[str | Passage]:
+    """Turn nodes into passages, without their metadata; texts and passages stay as they are."""
+    return [_passage(document) for document in documents]
+
+
+def _passage(document: Document) -> str | Passage:
+    if isinstance(document, str | Passage):
+        return document
+    node = document.node if isinstance(document, NodeWithScore) else document
+    return Passage(node.get_content(MetadataMode.NONE), node.node_id)
+
+
+def shortened_copy(node: BaseNode, text: str, kept: Mapping[str, Any]) -> BaseNode:
+    """A node's copy with another text, and in its metadata what was kept.
+
+    It shares nothing changeable with the node but its embedding and payload objects; models and
+    embeddings do not see what was kept.
+    """
+    own = node.model_copy(
+        update={
+            "metadata": {**deepcopy(node.metadata), KEY: kept},
+            "relationships": deepcopy(node.relationships),
+            "excluded_llm_metadata_keys": _with_key(node.excluded_llm_metadata_keys),
+            "excluded_embed_metadata_keys": _with_key(node.excluded_embed_metadata_keys),
+        }
+    )
+    if text != node.get_content(MetadataMode.NONE):
+        own.set_content(text)
+    return own
 
 
 class Bm25Retriever(BaseRetriever):
@@ -50,14 +83,21 @@ class Bm25Retriever(BaseRetriever):
 
     @classmethod
     def from_nodes(
-        cls, nodes: Sequence[BaseNode], *, similarity_top_k: int = 4, **options: Any
+        cls,
+        nodes: Sequence[BaseNode],
+        *,
+        similarity_top_k: int = 4,
+        k1: float = 1.5,
+        b: float = 0.75,
+        stopwords: Collection[str] = (),
     ) -> Bm25Retriever:
-        """Index the texts of nodes, without their metadata; options as for `Bm25Index`."""
+        """Index the texts of nodes; `k1`, `b` and `stopwords` are those of `Bm25Index`."""
         passages = [
             Passage(n.get_content(MetadataMode.NONE), n.node_id, deepcopy(n.metadata))
             for n in nodes
         ]
-        return cls(Bm25Index(passages, **options), similarity_top_k=similarity_top_k)
+        index = Bm25Index(passages, k1=k1, b=b, stopwords=stopwords)
+        return cls(index, similarity_top_k=similarity_top_k)
 
     def _retrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
         return [
@@ -81,8 +121,8 @@ class SievedRetriever(BaseRetriever):
             set others to it yourself.
         k: Most nodes returned.
         n: How many times as many are fetched.
-        method: Budget over all nodes, and how they are read; `ratio` is a share of what was
-            fetched.
+        method: Budget over all nodes, and how they are read; a `ratio` is a share of all that was
+            fetched. None keeps whole sentences that hold 0.35 of it.
         mode: "sieve" keeps the best nodes and, inside them, the best spans; "rerank" keeps the
             best nodes whole, the best first.
         order: "original" (as fetched) or "score"; None for the mode's own.
@@ -99,11 +139,11 @@ class SievedRetriever(BaseRetriever):
         *,
         k: int = 4,
         n: int = 4,
-        method: SpecPC = SpecPC.preset("2026-11", capacity=1024),  # noqa: B008
+        method: SpecPC | None = None,
         mode: Mode = "sieve",
         order: Order | None = None,
         callback_manager: CallbackManager | None = None,
-        **options: Any,
+        **options: Unpack[DraftArguments],
     ) -> None:
         super().__init__(callback_manager=callback_manager)
         _check(k=k, n=n)
@@ -114,26 +154,30 @@ class SievedRetriever(BaseRetriever):
     def _retrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
         found = self.retriever.retrieve(query_bundle)[: self.k * self.n]
         question = query_bundle.query_str
-        context = self.options.loaded.compress(question, _passages(found), **self._reading())
+        method, draft = reading(self.method, self.mode, self.k), self.options.loaded
+        asking = self.options.asking()
+        context = draft.compress(question, as_passages(found), method, **asking)
         return self._nodes(found, context)
 
     async def _aretrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
         found = (await self.retriever.aretrieve(query_bundle))[: self.k * self.n]
-        question, draft = query_bundle.query_str, self.options.loaded
-        context = await draft.acompress(question, _passages(found), **self._reading())
+        question, asking = query_bundle.query_str, self.options.asking()
+        method, draft = reading(self.method, self.mode, self.k), self.options.loaded
+        context = await draft.acompress(question, as_passages(found), method, **asking)
         return self._nodes(found, context)
-
-    def _reading(self) -> dict[str, Any]:
-        method = reading(self.method, self.mode, self.k)
-        options = self.options
-        return {"method": method, "system": options.system, "on_error": options.on_error}
 
     def _nodes(
         self, found: Sequence[NodeWithScore], context: CompressedContext
     ) -> list[NodeWithScore]:
         """Copies of what was kept, by index."""
         kept = picked(context, self.k, self.mode, self.order)
-        return [_sieved_node(found[sieved.index], sieved) for sieved in kept]
+        return [
+            NodeWithScore(
+                node=shortened_copy(found[each.index].node, each.text, each.kept),
+                score=found[each.index].score if each.score is None else each.score,
+            )
+            for each in kept
+        ]
 
 
 class LookaheadRetriever(BaseRetriever):
@@ -161,7 +205,7 @@ class LookaheadRetriever(BaseRetriever):
         k: int = 4,
         lookahead_tokens: int = 16,
         callback_manager: CallbackManager | None = None,
-        **options: Any,
+        **options: Unpack[DraftArguments],
     ) -> None:
         super().__init__(callback_manager=callback_manager)
         _check(k=k, lookahead_tokens=lookahead_tokens)
@@ -179,24 +223,19 @@ class LookaheadRetriever(BaseRetriever):
 
     def _retrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
         first, question = self.retriever.retrieve(query_bundle), query_bundle.query_str
-        draft = self.options.loaded
-        guess = draft.guess_answer(question, _passages(first), **self._guessing())
+        draft, asking = self.options.loaded, self.options.asking()
+        guess = draft.guess_answer(question, as_passages(first), self.lookahead_tokens, **asking)
         second = self.retriever.retrieve(f"{question} {guess}") if guess else []
         return _merged(first, second)[: self.k]
 
     async def _aretrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
         first, question = await self.retriever.aretrieve(query_bundle), query_bundle.query_str
-        draft = self.options.loaded
-        guess = await draft.aguess_answer(question, _passages(first), **self._guessing())
+        draft, asking = self.options.loaded, self.options.asking()
+        guess = await draft.aguess_answer(
+            question, as_passages(first), self.lookahead_tokens, **asking
+        )
         second = await self.retriever.aretrieve(f"{question} {guess}") if guess else []
         return _merged(first, second)[: self.k]
-
-    def _guessing(self) -> dict[str, Any]:
-        return {
-            "tokens": self.lookahead_tokens,
-            "system": self.options.system,
-            "on_error": self.options.on_error,
-        }
 
 
 def _check(**numbers: int) -> None:
@@ -220,27 +259,6 @@ def _text_node(passage: Passage) -> TextNode:
     if passage.id is None:
         return TextNode(text=passage.text, metadata=metadata)
     return TextNode(text=passage.text, id_=passage.id, metadata=metadata)
-
-
-def _passages(nodes: Sequence[NodeWithScore]) -> list[Passage]:
-    return [Passage(n.node.get_content(MetadataMode.NONE), n.node.node_id) for n in nodes]
-
-
-def _sieved_node(found: NodeWithScore, sieved: Sieved) -> NodeWithScore:
-    """A copy of a node with the kept text; models and embeddings do not see what was kept."""
-    node = found.node
-    own = node.model_copy(
-        update={
-            "metadata": {**deepcopy(node.metadata), KEY: sieved.kept},
-            "relationships": deepcopy(node.relationships),
-            "excluded_llm_metadata_keys": _with_key(node.excluded_llm_metadata_keys),
-            "excluded_embed_metadata_keys": _with_key(node.excluded_embed_metadata_keys),
-        }
-    )
-    if sieved.text != node.get_content(MetadataMode.NONE):
-        own.set_content(sieved.text)
-    score = found.score if sieved.score is None else sieved.score
-    return NodeWithScore(node=own, score=score)
 
 
 def _with_key(keys: Sequence[str]) -> list[str]:

@@ -1,33 +1,42 @@
-"""The draft of a retriever: which model, loaded how."""
+"""The draft of an adapter or retriever: which model, loaded how, and how it is asked."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypedDict
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat
 
 from ..core.compressor import Compressor
-from ..core.config import OnError, Quantization
+from ..core.config import OnError, Quantization, SpecPC
 from ..core.options import told_as_config_errors
 from ..core.prompt.messages import DEFAULT_SYSTEM
 
 
+class Asking(TypedDict):
+    """What every call of the draft is given, beside the question, the texts and the method."""
+
+    system: str | None
+    on_error: OnError
+    timeout: float | None
+
+
 class DraftOptions(BaseModel):
-    """Options of everything that retrieves with a draft; the draft is loaded at construction.
+    """Options of everything that reads with a draft; the draft is loaded at construction.
 
     Args:
         model: "builtin:draft", a folder or a hub id of the draft.
         compressor: A loaded compressor, instead of `model`.
+        timeout: Seconds after which the draft's part of a request fails; None for no limit.
+        on_error: "original" goes on with the whole texts when the draft fails, and logs a
+            warning; "raise" raises.
         system: The system text that the draft reads in front of the passages; None for none.
-        on_error: "original" goes on with what the base retriever found when the draft fails, and
-            logs a warning; "raise" raises.
         quantization: Weights in 4 or 8 bits.
         device: "auto", "cpu", "cuda", ...
         dtype: "auto", "float32", "bfloat16", ...
         template_options: Passed to the draft's chat template.
         trust_remote_code: Run code that a hub repository carries.
-        progress: Show progress bars while loading.
+        progress: Show progress bars.
 
     Raises:
         ModelNotFoundError: There is no such model.
@@ -38,14 +47,15 @@ class DraftOptions(BaseModel):
 
     model: str = "builtin:draft"
     compressor: Compressor | None = Field(default=None, exclude=True, repr=False)
-    system: str | None = DEFAULT_SYSTEM
+    timeout: PositiveFloat | None = None
     on_error: OnError = "original"
+    system: str | None = DEFAULT_SYSTEM
     quantization: Quantization | None = None
     device: str = "auto"
     dtype: str = "auto"
     template_options: Mapping[str, Any] | None = None
     trust_remote_code: bool = False
-    progress: bool = True
+    progress: bool = False
 
     def __init__(self, **options: Any) -> None:
         with told_as_config_errors(type(self)):
@@ -68,3 +78,36 @@ class DraftOptions(BaseModel):
         """The draft; it is there from construction on."""
         assert self.compressor is not None
         return self.compressor
+
+    def asking(self) -> Asking:
+        """What every core call is given."""
+        return {"system": self.system, "on_error": self.on_error, "timeout": self.timeout}
+
+
+class SieveOptions(DraftOptions):
+    """Options of everything that compresses with a draft; see `DraftOptions` for the others.
+
+    Args:
+        method: How much is kept, and of what. A `ratio` is a share of the draft tokens of all
+            texts of a request together, a `capacity` is for the whole prompt, question and
+            template included. None means `DEFAULT_METHOD`, as in the core: whole sentences that
+            hold 0.35 of the tokens. `SpecPC()` has the paper's settings.
+    """
+
+    method: SpecPC | None = None
+
+
+class DraftArguments(TypedDict, total=False):
+    """The arguments of `DraftOptions`, for classes that are no pydantic models."""
+
+    model: str
+    compressor: Compressor | None
+    timeout: float | None
+    on_error: OnError
+    system: str | None
+    quantization: Quantization | None
+    device: str
+    dtype: str
+    template_options: Mapping[str, Any] | None
+    trust_remote_code: bool
+    progress: bool

@@ -9,7 +9,7 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
-from ..core.config import SpecPC
+from ..core.config import DEFAULT_METHOD, SpecPC
 from ..core.types import CompressedContext
 from .provenance import provenance
 
@@ -30,11 +30,12 @@ class Sieved:
     kept: dict[str, Any]  # see `provenance`
 
 
-def reading(method: SpecPC, mode: Mode, k: int) -> SpecPC:
+def reading(method: SpecPC | None, mode: Mode, k: int) -> SpecPC:
     """The core's options for one retrieval.
 
     Args:
-        method: How passages are read; in mode "sieve" also the budget over all of them.
+        method: How passages are read; in mode "sieve" also the budget over all of them. None for
+            the core's default.
         mode: "sieve" keeps the best passages and, inside them, the best spans; "rerank" keeps
             the best passages whole.
         k: Most passages kept.
@@ -43,6 +44,7 @@ def reading(method: SpecPC, mode: Mode, k: int) -> SpecPC:
         Options with `max_passages` and `drop_empty`.
     """
     whole = {"capacity": None, "ratio": 1.0} if mode == "rerank" else {}
+    method = method or DEFAULT_METHOD
     return method.model_copy(update={**whole, "max_passages": k, "drop_empty": True})
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from langchain_core.caches import InMemoryCache
 from langchain_core.messages import (
     AIMessage,
@@ -19,7 +21,7 @@ from langchain_core.messages import (
 from draftsieve.core.config import SpecKV, SpecKVPC
 from draftsieve.core.engine import Engine
 from draftsieve.core.errors import BudgetError, ConfigError, ModelError, PromptError
-from draftsieve.integrations.langchain import ChatDraftSieve
+from draftsieve.integrations.langchain import ChatDraftSieve, DraftSieveLLM
 from draftsieve.integrations.langchain.messages import as_mappings
 
 from .adapters_fixtures import (
@@ -183,6 +185,37 @@ def test_what_identifies_a_model_is_complete_and_plain() -> None:
     assert traced["ls_model_name"] == "tiny"
     assert (traced["ls_temperature"], traced["ls_max_tokens"]) == (0.5, 9)
     assert traced["ls_stop"] == ["x"]
+
+
+def unnamed(seed: int, **draft: Any) -> Engine:
+    target = tiny_model(64, seed=seed)
+    target.config.name_or_path = ""
+    return Engine(target, tiny_tokenizer(), **draft)
+
+
+def test_a_cache_tells_unnamed_models_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("langchain_core.globals._llm_cache", InMemoryCache())
+    for make in (ChatDraftSieve, DraftSieveLLM):
+        first, second = (make(engine=unnamed(seed), max_tokens=6) for seed in (2, 3))
+        assert first.model == second.model == "target"
+        expected = [make(engine=unnamed(s), max_tokens=6, cache=False) for s in (2, 3)]
+        own = [text_of(model.invoke(QUESTION)) for model in expected]
+        assert own[0] != own[1]
+        assert [text_of(model.invoke(QUESTION)) for model in (first, second)] == own
+        again = make(engine=unnamed(2), max_tokens=6)
+        with counted(again.engine) as calls:
+            assert text_of(again.invoke(QUESTION)) == own[0]
+        assert calls == []  # the same weights share what is known
+
+
+def test_drafts_templates_and_quantisation_identify_a_model() -> None:
+    drafts = [unnamed(2)]
+    drafts += [unnamed(2, draft_model=tiny_model(32, seed=seed)) for seed in (1, 2)]
+    drafts += [unnamed(2, template_options={"enable_thinking": True})]
+    half = unnamed(2)
+    half.target.to(torch.bfloat16)
+    found = {json.dumps(ChatDraftSieve(engine=e)._identifying_params) for e in (*drafts, half)}
+    assert len(found) == 5
 
 
 def test_a_cache_tells_methods_apart() -> None:

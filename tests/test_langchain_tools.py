@@ -22,8 +22,8 @@ from typing_extensions import TypedDict
 
 from draftsieve.core.errors import ConfigError, GrammarError
 from draftsieve.core.grammar import Grammar
+from draftsieve.integrations._shared import tools as shared_tools
 from draftsieve.integrations.langchain import ChatDraftSieve
-from draftsieve.integrations.langchain import tools as langchain_tools
 
 from .adapters_fixtures import (
     QUESTION,
@@ -247,7 +247,7 @@ async def test_an_agent_with_tools_ends_in_its_response_format(
     # what the model says next depends on the ids in its prompt: with random ones it would now and
     # then call tools until its window is full
     numbers = (SimpleNamespace(hex=f"{number:032x}") for number in count())
-    monkeypatch.setattr(langchain_tools, "uuid4", lambda: next(numbers))
+    monkeypatch.setattr(shared_tools, "uuid4", lambda: next(numbers))
     model = talker(max_tokens=120, temperature=3.0, seed=4)
     agent = create_agent(model, [opening], response_format=wrap(Trip))
     asked = {"messages": [HumanMessage(QUESTION)]}

@@ -19,11 +19,12 @@ from llama_index.core.schema import MetadataMode, NodeWithScore, QueryBundle, Te
 from pydantic import Field
 
 from draftsieve.core.config import SpecPC
-from draftsieve.core.errors import BudgetError, ConfigError
+from draftsieve.core.errors import BudgetError, ConfigError, RequestTimeoutError
 from draftsieve.core.types import Passage
 from draftsieve.retrievers import Bm25Index, FolderError
 from draftsieve.retrievers import langchain as lc
 from draftsieve.retrievers import llama_index as li
+from draftsieve.retrievers.options import DraftArguments, DraftOptions
 from draftsieve.retrievers.sieved import fused
 
 from .adapters_fixtures import QUESTION, TEXTS, tiny_compressor
@@ -246,6 +247,27 @@ def test_wrong_options_are_refused() -> None:
         li.SievedRetriever(NodesInOrder([]), compressor=tiny_compressor(), keep=3)
     with pytest.raises(ConfigError, match="n is 0"):
         li.SievedRetriever(NodesInOrder([]), compressor=tiny_compressor(), n=0)
+
+
+def test_wrong_options_are_refused_before_a_draft_is_loaded() -> None:
+    assert DraftArguments.__annotations__.keys() == DraftOptions.model_fields.keys()
+    for options in ({"timeout": 0.0}, {"on_error": "ignore"}):
+        with pytest.raises(ConfigError, match=next(iter(options))):
+            li.SievedRetriever(NodesInOrder([]), model="gone", **options)
+
+
+def test_a_retrieval_out_of_time_returns_what_was_fetched_or_raises() -> None:
+    for sieved in (with_langchain, with_llama_index):
+        found = sieved(timeout=1e-6, k=2, n=2)
+        assert [each.text for each in found] == PASSAGES[:2]
+        with pytest.raises(RequestTimeoutError):
+            sieved(timeout=1e-6, on_error="raise")
+    base = DocumentsInOrder(documents=documents())
+    options = {"compressor": tiny_compressor(), "k": 3, "timeout": 1e-6}
+    guided = lc.LookaheadRetriever(retriever=base, **options)
+    assert [d.id for d in guided.invoke(QUESTION)] == IDS[:3]
+    with pytest.raises(RequestTimeoutError):
+        lc.LookaheadRetriever(retriever=base, **options, on_error="raise").invoke(QUESTION)
 
 
 def test_the_bundled_draft_finds_the_passage_that_answers() -> None:

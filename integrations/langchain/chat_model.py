@@ -18,11 +18,13 @@ from ...core.config import Method
 from ...core.errors import ConfigError
 from ...core.prompt.messages import Prompt
 from ...core.types import Answer, Chunk
+from ...retrievers.langchain import as_passages
+from .._shared.tools import choice_of
 from .batch import Configs, arun_together, asked_by, run_together
 from .messages import as_mappings, usage_metadata
-from .options import STRICT, EngineOptions, as_passages
+from .options import STRICT, EngineOptions
 from .structured import json_output
-from .tools import as_call_chunks, as_calls, as_invalid_calls, choice_of, schema_of, tools_of
+from .tools import as_call_chunks, as_calls, as_invalid_calls, schema_of, tools_of
 
 
 class ChatDraftSieve(EngineOptions, BaseChatModel):
@@ -49,8 +51,7 @@ class ChatDraftSieve(EngineOptions, BaseChatModel):
 
     streaming: bool = False
 
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
+    def _on_loaded(self) -> None:
         if self.profile is None:  # it was asked for before the engine was there
             self.profile = self._resolve_model_profile()
 
@@ -108,7 +109,7 @@ class ChatDraftSieve(EngineOptions, BaseChatModel):
             "parallel_tool_calls": parallel_tool_calls,
         }
         form = {"response_format": kwargs.get("response_format")}
-        self.call_options(None, {**options, **form})  # faults show here, not in the first call
+        self.options_of(None, {**options, **form})  # faults show here, not in the first call
         return self.bind(**options, **kwargs)
 
     def with_structured_output(
@@ -174,7 +175,7 @@ class ChatDraftSieve(EngineOptions, BaseChatModel):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> ChatResult:
-        options = self.call_options(stop, kwargs)
+        options = self.options_of(stop, kwargs)
         answer = asked_by(self.loaded).generate(_prompt(messages, kwargs), **dict(options))
         return self._result(answer, options.method)
 
@@ -185,7 +186,7 @@ class ChatDraftSieve(EngineOptions, BaseChatModel):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> ChatResult:
-        options = self.call_options(stop, kwargs)
+        options = self.options_of(stop, kwargs)
         asked = asked_by(self.loaded)
         answer = await asked.agenerate(_prompt(messages, kwargs), **dict(options))
         return self._result(answer, options.method)
@@ -197,7 +198,7 @@ class ChatDraftSieve(EngineOptions, BaseChatModel):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> Iterator[ChatGenerationChunk]:
-        options, told = self.call_options(stop, kwargs), 0
+        options, told = self.options_of(stop, kwargs), 0
         for piece in self.loaded.stream_prompt(_prompt(messages, kwargs), **dict(options)):
             chunk = self._chunk(piece, options.method, told)
             told += len(piece.tool_calls)
@@ -212,7 +213,7 @@ class ChatDraftSieve(EngineOptions, BaseChatModel):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> AsyncIterator[ChatGenerationChunk]:
-        options, told = self.call_options(stop, kwargs), 0
+        options, told = self.options_of(stop, kwargs), 0
         async for piece in self.loaded.astream_prompt(_prompt(messages, kwargs), **dict(options)):
             chunk = self._chunk(piece, options.method, told)
             told += len(piece.tool_calls)

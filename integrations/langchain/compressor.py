@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from copy import deepcopy
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from langchain_core.callbacks import Callbacks
 from langchain_core.documents import BaseDocumentCompressor, Document
 from langchain_core.runnables import RunnableConfig, RunnableLambda
-from pydantic import NonNegativeInt, PositiveFloat
+from pydantic import NonNegativeInt
 
-from ...core.config import SpecPC
-from ...core.types import CompressedContext, Passage
-from ...retrievers.options import DraftOptions
+from ...core.config import DEFAULT_METHOD, SpecPC
+from ...core.types import CompressedContext
+from ...retrievers.langchain import as_passages, shortened_copy
+from ...retrievers.options import SieveOptions
 from ...retrievers.provenance import KEY, provenance
 
 
@@ -24,7 +24,7 @@ class _Request(NamedTuple):
     query: str
 
 
-class DraftCompressor(DraftOptions, BaseDocumentCompressor):
+class DraftCompressor(SieveOptions, BaseDocumentCompressor):
     """Shortens retrieved documents to what a draft model finds relevant to the question.
 
     The draft is loaded when the object is made. Documents keep their order, number (unless
@@ -33,32 +33,24 @@ class DraftCompressor(DraftOptions, BaseDocumentCompressor):
     "compressed_tokens", "score", and "fallback" (why the text is unchanged, else None).
 
     Args:
-        method: How much is kept, and of what.
-        timeout: Seconds after which a request fails; None for no limit.
+        method: How much is kept, and of what: a `ratio` is a share of the draft tokens of all
+            documents together. None keeps whole sentences that hold 0.35 of them.
         keep_order: True for the order of the input, False for the documents of best score first.
         drop_empty: Leave out documents of which nothing is kept; None for what `method` says.
         min_tokens: Documents of fewer draft tokens together stay whole; None for what `method`
             says.
 
-    The draft and its options (`model`, `compressor`, `system`, `on_error`): see `DraftOptions`.
-    With `on_error="original"` a failed request gives the documents back unchanged.
+    The draft and its options (`model`, `compressor`, `timeout`, `on_error`, `system`): see
+    `SieveOptions`. With `on_error="original"` a failed request gives the documents back unchanged.
 
     Raises:
         ModelNotFoundError: There is no such model.
         ConfigError: An option is unknown or invalid.
     """
 
-    method: SpecPC = SpecPC.preset("2026-11", ratio=0.3)
-    timeout: PositiveFloat | None = None
     keep_order: bool = True
     drop_empty: bool | None = None
     min_tokens: NonNegativeInt | None = None
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        own = {"drop_empty": self.drop_empty, "min_tokens": self.min_tokens}
-        changed = {name: value for name, value in own.items() if value is not None}
-        self.method = self.method.model_copy(update=changed)
 
     def compress_documents(
         self, documents: Sequence[Document], query: str, callbacks: Callbacks | None = None
@@ -96,49 +88,33 @@ class DraftCompressor(DraftOptions, BaseDocumentCompressor):
     def _shorten(self, request: _Request) -> list[Document]:
         if not request.documents:
             return []
-        passages = _passages(request.documents)
-        context = self.loaded.compress(request.query, passages, **self._options())
+        passages = as_passages(request.documents)
+        context = self.loaded.compress(request.query, passages, self._method, **self.asking())
         return self._documents(request.documents, context)
 
     async def _ashorten(self, request: _Request) -> list[Document]:
         if not request.documents:
             return []
-        passages = _passages(request.documents)
-        context = await self.loaded.acompress(request.query, passages, **self._options())
+        passages = as_passages(request.documents)
+        context = await self.loaded.acompress(
+            request.query, passages, self._method, **self.asking()
+        )
         return self._documents(request.documents, context)
 
-    def _options(self) -> dict[str, Any]:
-        return {
-            "method": self.method,
-            "system": self.system,
-            "on_error": self.on_error,
-            "timeout": self.timeout,
-        }
+    @property
+    def _method(self) -> SpecPC:
+        """The method with the compressor's own options."""
+        own = {"drop_empty": self.drop_empty, "min_tokens": self.min_tokens}
+        changed = {name: value for name, value in own.items() if value is not None}
+        return (self.method or DEFAULT_METHOD).model_copy(update=changed)
 
     def _documents(
         self, documents: Sequence[Document], context: CompressedContext
     ) -> list[Document]:
-        found = _copies(documents, context)
+        found = [
+            shortened_copy(documents[index], passage.text, provenance(context, index))
+            for passage, index in zip(context.passages, context.indices, strict=True)
+        ]
         if self.keep_order:
             return found
         return sorted(found, key=lambda document: -document.metadata[KEY]["score"])
-
-
-def _passages(documents: Sequence[Document]) -> list[Passage]:
-    return [Passage(document.page_content, document.id) for document in documents]
-
-
-def _copies(documents: Sequence[Document], context: CompressedContext) -> list[Document]:
-    """Copies of the documents with the texts of the context's passages, by index."""
-    return [
-        documents[index].model_copy(
-            update={
-                "page_content": passage.text,
-                "metadata": {
-                    **deepcopy(documents[index].metadata),
-                    KEY: provenance(context, index),
-                },
-            }
-        )
-        for passage, index in zip(context.passages, context.indices, strict=True)
-    ]

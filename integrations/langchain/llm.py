@@ -13,8 +13,10 @@ from ...core.config import Method
 from ...core.errors import GrammarError
 from ...core.prompt.messages import Prompt
 from ...core.types import Answer, Chunk
+from ...retrievers.langchain import as_passages
+from .._shared.options import CALL_OPTIONS
 from .messages import usage_metadata
-from .options import CALL_OPTIONS, STRICT, EngineOptions, as_passages
+from .options import STRICT, EngineOptions
 from .tools import schema_of
 
 
@@ -59,7 +61,7 @@ class DraftSieveLLM(EngineOptions, BaseLLM):
 
     def _uncached(self, options: dict[str, Any]) -> DraftSieveLLM:
         """LangChain's cache of text LLMs knows no option of a call but `stop`."""
-        own = options.keys() & CALL_OPTIONS
+        own = options.keys() & (CALL_OPTIONS | self.apart)
         return self.model_copy(update={"cache": False}) if own else self
 
     def _generate(
@@ -69,7 +71,7 @@ class DraftSieveLLM(EngineOptions, BaseLLM):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> LLMResult:
-        options = self.call_options(stop, kwargs)
+        options = self.options_of(stop, kwargs)
         answers = self.loaded.generate_many([_prompt(p, kwargs) for p in prompts], **dict(options))
         return self._result(answers, options.method)
 
@@ -80,7 +82,7 @@ class DraftSieveLLM(EngineOptions, BaseLLM):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> LLMResult:
-        options = self.call_options(stop, kwargs)
+        options = self.options_of(stop, kwargs)
         asked = [_prompt(prompt, kwargs) for prompt in prompts]
         answers = await self.loaded.agenerate_many(asked, **dict(options))
         return self._result(answers, options.method)
@@ -92,7 +94,7 @@ class DraftSieveLLM(EngineOptions, BaseLLM):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> Iterator[GenerationChunk]:
-        options = self.call_options(stop, kwargs)
+        options = self.options_of(stop, kwargs)
         for piece in self.loaded.stream_prompt(_prompt(prompt, kwargs), **dict(options)):
             chunk = self._chunk(piece, options.method)
             if run_manager is not None:
@@ -106,7 +108,7 @@ class DraftSieveLLM(EngineOptions, BaseLLM):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> AsyncIterator[GenerationChunk]:
-        options = self.call_options(stop, kwargs)
+        options = self.options_of(stop, kwargs)
         async for piece in self.loaded.astream_prompt(_prompt(prompt, kwargs), **dict(options)):
             chunk = self._chunk(piece, options.method)
             if run_manager is not None:

@@ -73,7 +73,7 @@ class DraftCompressionMiddleware(AgentMiddleware[AgentState[Any], Any, Any]):
         dtype: "auto", "float32", "bfloat16", ...
         template_options: Passed to the draft's chat template.
         trust_remote_code: Run code that a hub repository carries.
-        progress: Show progress bars while loading.
+        progress: Show progress bars.
 
     Raises:
         ModelNotFoundError: There is no such model.
@@ -100,7 +100,7 @@ class DraftCompressionMiddleware(AgentMiddleware[AgentState[Any], Any, Any]):
         dtype: str = "auto",
         template_options: Mapping[str, Any] | None = None,
         trust_remote_code: bool = False,
-        progress: bool = True,
+        progress: bool = False,
     ) -> None:
         super().__init__()
         self.compressor = compressor or Compressor.load(

@@ -5,43 +5,19 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
-from uuid import uuid4
 
 from langchain_core.messages import InvalidToolCall, ToolCallChunk
 from langchain_core.messages import ToolCall as Call
 from langchain_core.messages.tool import invalid_tool_call, tool_call_chunk
 from langchain_core.messages.tool import tool_call as as_call
 
-from ...core.errors import GrammarError
 from ...core.grammar import Grammar
 from ...core.prompt.tool_calls import answer_grammar, stated_schema
 from ...core.types import ToolCall
+from .._shared.tools import choice_of, new_call_id
 
 TOOL_OPTIONS = frozenset({"tools", "tool_choice", "parallel_tool_calls", "response_format"})
-_SPELLINGS = {None: "auto", "required": "any", True: "any", False: "none"}
 BROKEN = "The call is cut off or no valid JSON."
-
-
-def choice_of(tool_choice: Any) -> str:
-    """One spelling of the ways to choose a tool.
-
-    Args:
-        tool_choice: None, "auto", "any", "required", "none", a bool, a tool's name, or OpenAI's
-            {"type": "function", "function": {"name": ...}}.
-
-    Returns:
-        "auto", "any", "none" or a tool's name.
-
-    Raises:
-        GrammarError: It is none of these.
-    """
-    if isinstance(tool_choice, Mapping):
-        tool_choice = (tool_choice.get("function") or tool_choice).get("name", tool_choice)
-    if isinstance(tool_choice, str | bool | None):
-        return str(_SPELLINGS.get(tool_choice, tool_choice))
-    raise GrammarError(
-        f'tool_choice={tool_choice!r}: give "auto", "any", "none" or the name of a tool.'
-    )
 
 
 def tools_of(options: Mapping[str, Any]) -> Sequence[Mapping[str, Any]] | None:
@@ -68,12 +44,12 @@ def grammar_of(options: Mapping[str, Any]) -> Grammar | None:
 
 def as_calls(calls: Sequence[ToolCall]) -> list[Call]:
     """The core's calls with fresh ids."""
-    return [as_call(name=c.name, args=dict(c.arguments), id=_new_id()) for c in calls]
+    return [as_call(name=c.name, args=dict(c.arguments), id=new_call_id()) for c in calls]
 
 
 def as_invalid_calls(broken: Sequence[str]) -> list[InvalidToolCall]:
     """Calls that cannot be read, as their text."""
-    return [invalid_tool_call(args=text, id=_new_id(), error=BROKEN) for text in broken]
+    return [invalid_tool_call(args=text, id=new_call_id(), error=BROKEN) for text in broken]
 
 
 def as_call_chunks(
@@ -88,10 +64,6 @@ def as_call_chunks(
         *((None, text) for text in broken),
     ]
     return [
-        tool_call_chunk(name=name, args=text, id=_new_id(), index=first + place)
+        tool_call_chunk(name=name, args=text, id=new_call_id(), index=first + place)
         for place, (name, text) in enumerate(texts)
     ]
-
-
-def _new_id() -> str:
-    return f"call_{uuid4().hex}"

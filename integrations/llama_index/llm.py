@@ -37,9 +37,10 @@ from ...core.errors import ModelError
 from ...core.prompt.messages import Prompt
 from ...core.prompt.tool_calls import answer_grammar, stated_schema
 from ...core.types import Answer, Chunk
+from .._shared.tools import choice_of
 from .messages import as_prompt, report, token_counts
 from .options import EngineOptions
-from .tools import call_blocks, call_mapping, choice_of, selections, tool_schema
+from .tools import call_blocks, call_mapping, selections, tool_schema
 
 
 class DraftSieveLLM(EngineOptions):
@@ -55,7 +56,7 @@ class DraftSieveLLM(EngineOptions):
 
     A call may override `method`, `on_error`, `max_tokens`, `temperature`, `top_p`, `top_k`,
     `min_p`, `repetition_penalty`, `seed`, `stop` and `timeout`, and give OpenAI's
-    `response_format` or a `grammar` (see `core.constrained.Grammar`); other keyword arguments are
+    `response_format` or a `grammar` (see `core.grammar.Grammar`); other keyword arguments are
     refused.
 
     Tools (`chat_with_tools`, `FunctionAgent`, `structured_predict`, `as_structured_llm`) are
@@ -153,7 +154,8 @@ class DraftSieveLLM(EngineOptions):
     ) -> dict[str, Any]:
         asked = ChatMessage(user_msg) if isinstance(user_msg, str) else user_msg
         messages = [*(chat_history or ()), *(() if asked is None else (asked,))]
-        choice = choice_of(tool_choice, required=tool_required)
+        choice = choice_of(tool_choice)
+        choice = "any" if choice == "auto" and tool_required else choice
         if not tools or choice == "none":
             return {"messages": messages, **kwargs}
         schemas = [tool_schema(tool) for tool in tools]
@@ -209,7 +211,7 @@ class DraftSieveLLM(EngineOptions):
         return get_program_for_llm(output_cls, prompt, self, mode, tool_choice="any")
 
     def _answer(self, messages: Sequence[ChatMessage], options: Mapping[str, Any]) -> ChatResponse:
-        call = self.call_options(options)
+        call = self.options_of(options)
         answer = self.loaded.generate(_prompt(messages, options), **dict(call))
         calls = call_blocks(answer.tool_calls)
         return self._response(_message(answer.text, calls), None, answer, call.method)
@@ -217,7 +219,7 @@ class DraftSieveLLM(EngineOptions):
     async def _aanswer(
         self, messages: Sequence[ChatMessage], options: Mapping[str, Any]
     ) -> ChatResponse:
-        call = self.call_options(options)
+        call = self.options_of(options)
         answer = await self.loaded.agenerate(_prompt(messages, options), **dict(call))
         calls = call_blocks(answer.tool_calls)
         return self._response(_message(answer.text, calls), None, answer, call.method)
@@ -225,7 +227,7 @@ class DraftSieveLLM(EngineOptions):
     def _stream(
         self, messages: Sequence[ChatMessage], options: Mapping[str, Any]
     ) -> ChatResponseGen:
-        call = self.call_options(options)
+        call = self.options_of(options)
         pieces = self.loaded.stream_prompt(_prompt(messages, options), **dict(call))
 
         def responses() -> ChatResponseGen:
@@ -239,7 +241,7 @@ class DraftSieveLLM(EngineOptions):
     def _astream(
         self, messages: Sequence[ChatMessage], options: Mapping[str, Any]
     ) -> ChatResponseAsyncGen:
-        call = self.call_options(options)
+        call = self.options_of(options)
         pieces = self.loaded.astream_prompt(_prompt(messages, options), **dict(call))
 
         async def responses() -> ChatResponseAsyncGen:

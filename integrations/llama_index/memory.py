@@ -11,8 +11,8 @@ from llama_index.core.memory.memory import BaseMemoryBlock
 from llama_index.core.utils import get_tokenizer
 from pydantic import Field
 
-from ...core.config import SpecPC
-from .draft_options import SieveOptions
+from ...core.config import DEFAULT_METHOD
+from ...retrievers.options import SieveOptions
 
 logger = logging.getLogger(__name__)
 _AIM = 0.9  # of the room: the draft and the memory count tokens differently
@@ -47,7 +47,6 @@ class DraftSieveMemoryBlock(SieveOptions, BaseMemoryBlock[list[ChatMessage]]):
 
     name: str = "EarlierTurns"
     priority: int = 1
-    method: SpecPC = SpecPC.preset("2026-11")
     tokenizer_fn: Callable[[str], Sequence[Any]] = Field(
         default_factory=get_tokenizer, exclude=True, repr=False
     )
@@ -89,9 +88,9 @@ class DraftSieveMemoryBlock(SieveOptions, BaseMemoryBlock[list[ChatMessage]]):
         if not texts or room < self._count([_GONE] * len(texts)):
             return None
         budget = {"capacity": None, "ratio": _AIM * room / before, "min_tokens": 0}
-        method = self.method.model_copy(update={**budget, "drop_empty": False})
+        method = (self.method or DEFAULT_METHOD).model_copy(update={**budget, "drop_empty": False})
         question = content.question if isinstance(content, Turns) else ""
-        context = await self.loaded.acompress(question, texts, method, **self.call_options())
+        context = await self.loaded.acompress(question, texts, method, **self.asking())
         kept = [passage.text or _GONE for passage in context.passages]
         sizes, gone = [self._count([text]) for text in kept], self._count([_GONE])
         for index in range(len(kept)):  # the oldest first

@@ -17,12 +17,13 @@ from llama_index.core.base.llms.types import (
     ThinkingBlock,
     ToolCallBlock,
 )
-from llama_index.core.schema import BaseNode, MetadataMode, NodeWithScore
 
 from ...core.config import Method
 from ...core.errors import PromptError
 from ...core.prompt.messages import Prompt
-from ...core.types import Answer, Passage
+from ...core.types import Answer
+from ...retrievers.llama_index import Document, as_passages
+from .._shared.report import report as shared_report
 from .tools import call_mapping
 
 _ROLES = {
@@ -34,8 +35,6 @@ _ROLES = {
 # Blocks of an earlier answer that are no text of it: calls travel as `tool_calls`.
 _UNSAID = (ToolCallBlock, ThinkingBlock, CitationBlock)
 _PLAIN_TYPES = ("text/", "application/json", "application/xml", "application/yaml")
-
-Document = str | BaseNode | NodeWithScore | Passage
 
 
 def as_prompt(
@@ -61,7 +60,7 @@ def as_prompt(
         PromptError: A block of another kind, or a document that is not plain text.
     """
     said = [_mapping(message) for message in messages]
-    return Prompt.from_messages(said, [_passage(d) for d in documents], tools, schema)
+    return Prompt.from_messages(said, as_passages(documents), tools, schema)
 
 
 def report(answer: Answer, model: str, method: Method | None) -> dict[str, Any]:
@@ -74,10 +73,8 @@ def report(answer: Answer, model: str, method: Method | None) -> dict[str, Any]:
 
     Returns:
         "usage" ("prompt_tokens" is what the target really read, "original_prompt_tokens" the
-        prompt before compression), "model", "finish_reason", "timings" (seconds per stage),
-        "method" (None, or its name and options), "spans" (kept characters of the documents'
-        original texts), "fallback" (why documents were left whole although a method was given,
-        else None) and "broken_calls" (tool calls that were cut off or cannot be read).
+        prompt before compression), "model", what the shared report says, and "broken_calls"
+        (tool calls that were cut off or cannot be read).
     """
     return {
         "usage": {
@@ -85,20 +82,7 @@ def report(answer: Answer, model: str, method: Method | None) -> dict[str, Any]:
             "original_prompt_tokens": answer.usage.original_prompt_tokens,
         },
         "model": model,
-        "finish_reason": answer.finish_reason,
-        "timings": dict(answer.timings),
-        "method": method and {"name": type(method).__name__, **method.model_dump(mode="json")},
-        "spans": [
-            {
-                "passage": span.passage_id,
-                "index": span.passage_index,
-                "start": span.start,
-                "end": span.end,
-                "score": span.score,
-            }
-            for span in answer.spans
-        ],
-        "fallback": answer.fallback,
+        **shared_report(answer, method),
         "broken_calls": list(answer.broken_calls),
     }
 
@@ -170,10 +154,3 @@ def _plain_text(block: DocumentBlock) -> str:
             f"The document block {block.title!r} is not UTF-8 text: decode the file yourself and "
             "give its text as DocumentBlock(data=text.encode())."
         ) from error
-
-
-def _passage(document: Document) -> str | Passage:
-    if isinstance(document, str | Passage):
-        return document
-    node = document.node if isinstance(document, NodeWithScore) else document
-    return Passage(node.get_content(MetadataMode.NONE), node.node_id)

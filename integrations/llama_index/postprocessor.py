@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from copy import deepcopy
-from typing import Any
 
 from llama_index.core.instrumentation.events.rerank import ReRankEndEvent, ReRankStartEvent
 from llama_index.core.postprocessor.types import BaseNodePostprocessor
-from llama_index.core.schema import BaseNode, MetadataMode, NodeWithScore, QueryBundle
+from llama_index.core.schema import NodeWithScore, QueryBundle
 from llama_index_instrumentation import get_dispatcher
 
-from ...core.types import CompressedContext, Passage
-from ...retrievers.provenance import KEY, provenance
-from .draft_options import SieveOptions
+from ...core.types import CompressedContext
+from ...retrievers.llama_index import as_passages, shortened_copy
+from ...retrievers.options import SieveOptions
+from ...retrievers.provenance import provenance
 
 dispatcher = get_dispatcher(__name__)
 
@@ -47,9 +46,7 @@ class DraftSievePostprocessor(SieveOptions, BaseNodePostprocessor):
             return []
         self._started(nodes, query_bundle)
         question = _question(query_bundle)
-        context = self.loaded.compress(
-            question, _passages(nodes), self.method, **self.call_options()
-        )
+        context = self.loaded.compress(question, as_passages(nodes), self.method, **self.asking())
         return _ended(_nodes(nodes, context))
 
     async def _apostprocess_nodes(
@@ -60,7 +57,7 @@ class DraftSievePostprocessor(SieveOptions, BaseNodePostprocessor):
         self._started(nodes, query_bundle)
         question = _question(query_bundle)
         context = await self.loaded.acompress(
-            question, _passages(nodes), self.method, **self.call_options()
+            question, as_passages(nodes), self.method, **self.asking()
         )
         return _ended(_nodes(nodes, context))
 
@@ -82,34 +79,13 @@ def _question(query_bundle: QueryBundle | None) -> str:
     return "" if query_bundle is None else query_bundle.query_str
 
 
-def _passages(nodes: Sequence[NodeWithScore]) -> list[Passage]:
-    return [Passage(n.node.get_content(MetadataMode.NONE), n.node.node_id) for n in nodes]
-
-
 def _nodes(nodes: Sequence[NodeWithScore], context: CompressedContext) -> list[NodeWithScore]:
     """Copies of the nodes with the texts of the context's passages, by index."""
     return [
         nodes[index].model_copy(
-            update={"node": _node(nodes[index].node, passage.text, provenance(context, index))}
+            update={
+                "node": shortened_copy(nodes[index].node, passage.text, provenance(context, index))
+            }
         )
         for passage, index in zip(context.passages, context.indices, strict=True)
     ]
-
-
-def _node(node: BaseNode, text: str, kept: dict[str, Any]) -> BaseNode:
-    """A copy of a node that shares nothing changeable but its embedding and payload objects."""
-    copy = node.model_copy(
-        update={
-            "metadata": {**deepcopy(node.metadata), KEY: kept},
-            "relationships": deepcopy(node.relationships),
-            "excluded_llm_metadata_keys": _with_key(node.excluded_llm_metadata_keys),
-            "excluded_embed_metadata_keys": _with_key(node.excluded_embed_metadata_keys),
-        }
-    )
-    if text != node.get_content(MetadataMode.NONE):
-        copy.set_content(text)
-    return copy
-
-
-def _with_key(keys: Sequence[str]) -> list[str]:
-    return [*(key for key in keys if key != KEY), KEY]

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
-from uuid import uuid4
 
 from llama_index.core.base.llms.types import ChatMessage, ToolCallBlock
 from llama_index.core.llms.llm import ToolSelection
 from llama_index.core.tools.types import BaseTool
 
 from ...core.types import ToolCall
+from .._shared.tools import new_call_id
 
 
 def tool_schema(tool: BaseTool) -> dict[str, Any]:
@@ -24,29 +24,11 @@ def tool_schema(tool: BaseTool) -> dict[str, Any]:
     return {"type": "function", "function": function}
 
 
-def choice_of(tool_choice: str | Mapping[str, Any] | None, *, required: bool) -> str:
-    """The core's word for a tool choice.
-
-    Args:
-        tool_choice: "auto", "any", "required", "none", a tool's name,
-            {"type": "function", "function": {"name": ...}}, or None.
-        required: What "auto" and None mean: True for any tool, False for a free choice.
-
-    Returns:
-        "auto", "any", "none" or a tool's name.
-    """
-    if isinstance(tool_choice, Mapping):
-        return str(tool_choice["function"]["name"])
-    if tool_choice in (None, "auto"):
-        return "any" if required else "auto"
-    return "any" if tool_choice == "required" else str(tool_choice)
-
-
 def call_blocks(calls: Sequence[ToolCall]) -> list[ToolCallBlock]:
     """Calls as blocks of a message, each with a fresh id."""
     return [
         ToolCallBlock(
-            tool_call_id=f"call_{uuid4().hex}",
+            tool_call_id=new_call_id(),
             tool_name=call.name,
             tool_kwargs=dict(call.arguments),
         )

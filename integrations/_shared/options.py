@@ -1,0 +1,170 @@
+"""The options of a target in any framework: loading, checking, and how a call overrides them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from ...core.config import Generation, Method, OnError, Quantization
+from ...core.engine import Engine
+from ...core.errors import ModelError
+from ...core.grammar import Grammar
+from ...core.options import Options, told_as_config_errors
+from ...core.speckv.scorers import needs_draft
+
+_NAMES = {"max_tokens": "max_new_tokens"}  # the frameworks' name -> ours
+_DECODING = (
+    "max_tokens",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "seed",
+    "timeout",
+    "stop",
+)
+CALL_OPTIONS = frozenset({*_DECODING, *Generation.model_fields, "method", "on_error", "documents"})
+
+
+class CallOptions(Options):
+    """The keyword arguments of one core call."""
+
+    method: Method | None
+    generation: Generation
+    on_error: OnError
+
+
+class EngineOptions(BaseModel):
+    """Options of a target with an optional draft; both are loaded when the object is made.
+
+    Args:
+        model: "builtin:target", a folder or a hub id of the target.
+        draft: "builtin:draft", a folder or a hub id; needed for SpecPC and for SpecKV's own scorer.
+        engine: A loaded engine, instead of `model` and `draft`.
+        method: How documents (SpecPC) or the cache of the whole prompt (SpecKV) are compressed;
+            None leaves them whole, as in `Engine.answer`. A SpecPC `ratio` is a share of the
+            documents' draft tokens together, a SpecKV one a share of the documents' entries.
+        timeout: Seconds after which a request fails with `RequestTimeoutError`; None for no limit.
+        on_error: "original" answers from whole documents when their compression fails and logs a
+            warning; "raise" raises.
+        max_tokens: Most tokens of an answer.
+        temperature: 0 for greedy decoding.
+        top_p: Nucleus size for sampling.
+        top_k: Sample among the k likeliest tokens; 0 for all.
+        min_p: Drop tokens below this share of the likeliest one's probability.
+        repetition_penalty: Above 1 against repetitions, which small models fall into.
+        seed: Seed of the sampling; None draws a fresh one.
+        stop: Strings that end an answer; a call's own `stop` replaces them.
+        quantization: Weights of the target in 4 or 8 bits.
+        draft_quantization: Weights of the draft in 4 or 8 bits.
+        device: "auto", "cpu", "cuda", ...
+        draft_device: The same for the draft; None for the target's.
+        dtype: "auto", "float32", "bfloat16", ...
+        template_options: Passed to the chat template.
+        trust_remote_code: Run code that a hub repository carries.
+        progress: Show progress bars.
+
+    Raises:
+        ModelNotFoundError: There is no such model.
+        ModelError: A method that needs a draft is given without one.
+        ConfigError: An option is unknown or invalid.
+    """
+
+    model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
+    apart: ClassVar[frozenset[str]] = frozenset()
+    """Options of a call that are not about decoding, or that become a grammar."""
+
+    model: str = "builtin:target"
+    draft: str | None = None
+    engine: Engine | None = Field(default=None, exclude=True, repr=False)
+    method: Method | None = None
+    timeout: float | None = None
+    on_error: OnError = "original"
+    max_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    stop: list[str] | None = None
+    quantization: Quantization | None = None
+    draft_quantization: Quantization | None = None
+    device: str = "auto"
+    draft_device: str | None = None
+    dtype: str = "auto"
+    template_options: Mapping[str, Any] | None = None
+    trust_remote_code: bool = False
+    progress: bool = False
+
+    def __init__(self, **options: Any) -> None:
+        with told_as_config_errors(type(self)):
+            super().__init__(**options)
+        self.call_options({})  # invalid options fail here, before anything is loaded
+        if self.engine is not None:
+            reader = self.engine.compressor
+            self.draft = None if reader is None else reader.model.name_or_path
+        if needs_draft(self.method) and self.draft is None:
+            raise ModelError(
+                f"{type(self.method).__name__} reads with a draft model and there is none: "
+                'give draft="builtin:draft", a folder or a hub id, or an engine that has one.'
+            )
+        self.engine = self.engine or self._load()
+        self.model = self.engine.model_name
+        self._on_loaded()
+
+    def _on_loaded(self) -> None:
+        """For what a framework wants to know of the engine."""
+
+    def _load(self) -> Engine:
+        return Engine.load(
+            self.model,
+            self.draft,
+            quantization=self.quantization,
+            draft_quantization=self.draft_quantization,
+            device=self.device,
+            draft_device=self.draft_device,
+            dtype=self.dtype,
+            template_options=self.template_options,
+            trust_remote_code=self.trust_remote_code,
+            progress=self.progress,
+        )
+
+    @property
+    def loaded(self) -> Engine:
+        """The engine; it is there from construction on."""
+        assert self.engine is not None
+        return self.engine
+
+    def call_options(
+        self, options: Mapping[str, Any], grammar: Grammar | None = None
+    ) -> CallOptions:
+        """Merge the object's options with those of one call.
+
+        Args:
+            options: The call's keyword arguments, under the framework's or the core's names.
+            grammar: What the call's tools or response format allow; None for what `options` say.
+
+        Returns:
+            Validated options.
+
+        Raises:
+            ConfigError: An option is unknown or invalid.
+        """
+        aside = self.apart | {"method", "on_error", "documents"}
+        given = {name: value for name, value in options.items() if name not in aside}
+        decoding = {**{name: getattr(self, name) for name in _DECODING}, **given}
+        if decoding["stop"] is None:
+            decoding["stop"] = self.stop
+        decoding["stop"] = tuple(decoding["stop"] or ())
+        if grammar is not None:
+            decoding["grammar"] = grammar
+        named = {_NAMES.get(name, name): value for name, value in decoding.items()}
+        return CallOptions(
+            method=options.get("method", self.method),
+            generation=Generation(**named),
+            on_error=options.get("on_error", self.on_error),
+        )
