@@ -1,8 +1,14 @@
 """Text becomes tokens, and no text spells a control token.
 
-A string is encoded by a copy of the tokenizer that has no control tokens; where the vocabulary
-spells one all the same, the string is broken inside it. Control tokens come only from the
-stretches that the caller trusts. Every token comes with the characters that it covers.
+A string is encoded by a copy of the tokenizer that takes control tokens for plain text; where the
+vocabulary spells one all the same, the string is broken inside it. Control tokens come only from
+the stretches that the caller trusts. Every token comes with the characters that it covers.
+
+`Tokenizer.encode_special_tokens` does the first part and cannot do the rest: it is a state of the
+tokenizer, which is the caller's (hence a copy); it spares only tokens marked special (the copy
+marks all); Unigram models and merges of BPE still give a control token's id to text that spells it
+(hence the breaks); and text that follows a control token or a break gets no space in front where a
+text's beginning does (hence up to two more copies).
 
 Limits: every added token counts as a control token, plain words that were added for fine-tuning
 too. Tokens added to the tokenizer after the copy was made are not known to it. A control token of
@@ -64,7 +70,7 @@ class _Control:
 
 
 class PlainText:
-    """Copies of a tokenizer that know no control tokens, and where control tokens may stand.
+    """Copies of a tokenizer that see no control tokens, and where control tokens may stand.
 
     Args:
         tokenizer: A tokenizer backed by the `tokenizers` library; read once and never changed.
@@ -85,14 +91,14 @@ class PlainText:
             )
         spec: _Json = json.loads(backend.to_str())
         added: list[_Json] = spec["added_tokens"]
-        control = [token for token in added if not _is_blank(token["content"])]
-        kept = [token for token in added if _is_blank(token["content"])]
-        spec.update(added_tokens=kept, post_processor=None, truncation=None, padding=None)
+        for token in added:
+            token["special"] = not _is_blank(token["content"])
+        control = [token for token in added if token["special"]]
+        spec.update(post_processor=None, truncation=None, padding=None)
         # As at the start of the prompt; after a control token; after a break inside a word.
-        self._first = Tokenizer.from_str(json.dumps(spec))
+        self._first = _blind(spec)
         self._inner = self._without(spec, {"first"})
         self._bare = self._without(spec, {"first", "always", "Prepend", "ByteLevel"})
-        self._renumber = {i: t["id"] for t in kept if (i := self._id(t["content"])) != t["id"]}
         self._controls = {token["content"]: _read_control(token) for token in control}
         self._control_ids = np.array(sorted(token["id"] for token in control), dtype=np.int64)
         self._unknown = _unknown_token(tokenizer)
@@ -103,12 +109,7 @@ class PlainText:
         names = ("normalizer", "pre_tokenizer")
         changed = spec | {name: _prefixless(spec[name], prefixes) for name in names}
         same = all(changed[name] == spec[name] for name in names)
-        return self._first if same else Tokenizer.from_str(json.dumps(changed))
-
-    def _id(self, token: str) -> int:
-        found = self._first.token_to_id(token)
-        assert found is not None  # it was just added
-        return found
+        return self._first if same else _blind(changed)
 
     def encode_text(self, text: str) -> Encoded:
         """Encode text that stands alone.
@@ -156,11 +157,8 @@ class PlainText:
         if not text:
             return Encoded(*(np.empty(0, np.int64) for _ in range(3)))
         encoding = tokenizer.encode(text, add_special_tokens=False)
-        own_ids = np.array(encoding.ids, dtype=np.int64)
-        ids = own_ids.copy()
+        ids = np.array(encoding.ids, dtype=np.int64)
         spans = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
-        for own, original in self._renumber.items():
-            ids[own_ids == own] = original
         leaks = self._leaks(text, ids, spans)
         if leaks:
             cuts = [0, *leaks, len(text)]
@@ -181,6 +179,13 @@ class PlainText:
             if spelt and end - start > 1:
                 cuts.add(start + 1)
         return sorted(cuts)
+
+
+def _blind(spec: _Json) -> Tokenizer:
+    """A tokenizer that takes its special tokens for plain text."""
+    tokenizer = Tokenizer.from_str(json.dumps(spec))
+    tokenizer.encode_special_tokens = True
+    return tokenizer
 
 
 def _is_blank(token: str) -> bool:
