@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo test lint bench table docs clean
+.PHONY: demo test models lint bench table docs clean
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -14,9 +14,13 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py
 
+# SmolLM2-135M-Instruct (93 MB) into DRAFTSIEVE_HOME, or the platform's cache folder.
+models: $(STAMP)
+	$(BIN)/draftsieve models get smollm2-135m
+
 # One process a core, each with one thread and its own models; idle ones take tests from busy ones.
 test: $(STAMP)
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
+	$(BIN)/python -m pytest -rs -n auto --maxprocesses 4 --dist worksteal
 
 # mypy and import-linter do not follow the editable install's finder: they read the package
 # through symlinks.

@@ -10,11 +10,8 @@ from __future__ import annotations
 import json
 import logging
 import struct
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
-from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -101,14 +98,11 @@ def _in_folder(folder: Path, gguf_file: str | None) -> Path | None:
     return folder / names[0]
 
 
-def load_gguf(
-    path: Path, *, progress: bool = True, **options: Any
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_gguf(path: Path, **options: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load the model and the tokenizer of a GGUF file.
 
     Args:
         path: The file.
-        progress: Show the bar of the weights that are unpacked.
         options: As for `from_pretrained`; dtype "auto" is bfloat16. With a `quantization_config`
             the unpacked weights are quantised anew, in memory.
 
@@ -125,9 +119,8 @@ def load_gguf(
     read = {"gguf_file": path.name, **unpack, **options}
     if quantization is not None:
         read["device_map"] = {"": "cpu"}
-    with _bar(progress):
-        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
-        model = AutoModelForCausalLM.from_pretrained(path.parent, config=config, **read)
+    config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+    model = AutoModelForCausalLM.from_pretrained(path.parent, config=config, **read)
     generation = model.generation_config
     if quantization is not None:
         again = {**options, "state_dict": model.state_dict(), "quantization_config": quantization}
@@ -174,6 +167,18 @@ def _with_control_tokens(
     )
 
 
+def require_gguf(user: str) -> None:
+    """Check that the `gguf` package is installed.
+
+    Raises:
+        MissingExtraError: It is not; the message names the pip command.
+    """
+    if find_spec("gguf") is None:
+        raise MissingExtraError(
+            f'{user} needs the gguf package, which is not installed: pip install "draftsieve[gguf]"'
+        )
+
+
 def read_gguf(path: Path) -> GgufFile:
     """Read what a GGUF file says of itself, and check that it can be loaded.
 
@@ -181,11 +186,7 @@ def read_gguf(path: Path) -> GgufFile:
         MissingExtraError: The `gguf` package is not installed.
         ModelError: The file is damaged, one part of several, or of a kind that is not read.
     """
-    if find_spec("gguf") is None:
-        raise MissingExtraError(
-            f"{path.name} is a GGUF file, which needs the gguf package, which is not installed: "
-            'pip install "draftsieve[gguf]"'
-        )
+    require_gguf(f"The file {str(path)!r}")
     from gguf import GGMLQuantizationType, GGUFReader
 
     try:
@@ -270,15 +271,3 @@ def _unread_type(path: Path, found: str) -> str:
         f"{str(path)!r} holds tensors of type {found}, which the installed gguf package does not "
         f"unpack; it unpacks: {known}. Take a file of one of these types."
     )
-
-
-@contextmanager
-def _bar(show: bool) -> Iterator[None]:
-    """transformers shows the bar of unpacked weights whatever its own switch says."""
-    module: Any = import_module("transformers.modeling_gguf_pytorch_utils")
-    shown = module.tqdm
-    module.tqdm = partial(shown, disable=not show)
-    try:
-        yield
-    finally:
-        module.tqdm = shown

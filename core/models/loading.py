@@ -21,18 +21,17 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import logging as transformers_logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..config import Quantization
 from ..errors import DraftSieveError, ModelError, ModelNotFoundError, OutOfMemoryError
+from .bars import progress_bars
 from .footprint import footprint
 from .gguf import find_gguf, gguf_tokenizer, load_gguf, read_gguf
 from .names import resolve
 
 logger = logging.getLogger(__name__)
 AnyQuantization = Quantization | QuantizationConfigMixin  # ours, or any of transformers'
-_PROGRESS = Lock()
 _WARMING = Lock()
 
 
@@ -60,8 +59,9 @@ def load_model(
     """Load a causal language model and its tokenizer; only safetensors and GGUF are read.
 
     Args:
-        name: "builtin:target", "builtin:draft", a folder, a Hugging Face hub id, or a GGUF file
-            (on disk, or in a hub repository as "owner/repository/file.gguf").
+        name: "builtin:target", "builtin:draft", a model of `draftsieve models list`, a folder, a
+            Hugging Face hub id, or a GGUF file (on disk, or in a hub repository as
+            "owner/repository/file.gguf").
         gguf_file: Name of the GGUF file to take from the folder or the hub repository.
         revision: Branch, tag or commit of a hub repository; None for its default branch.
         quantization: How weights are quantised while loading: a `Quantization`, or any of
@@ -90,9 +90,9 @@ def load_model(
         options["quantization_config"] = _quantization_config(quantization, options["dtype"])
     where = {"revision": revision, "trust_remote_code": trust_remote_code}
     work = f"loading {str(name)!r}"
-    with explain_out_of_memory(work), _loading_errors(str(name)), _progress_bars(progress):
+    with explain_out_of_memory(work), _loading_errors(str(name)), progress_bars(progress):
         if (file := find_gguf(source, gguf_file, revision)) is not None:
-            model, tokenizer = load_gguf(file, progress=progress, **options)
+            model, tokenizer = load_gguf(file, **options)
         else:
             AutoConfig.from_pretrained(source, **where)
             tokenizer = AutoTokenizer.from_pretrained(source, **where)
@@ -320,17 +320,3 @@ def _loading_errors(name: str) -> Iterator[None]:
                 f"builtin:draft. ({first})"
             ) from error
         raise ModelError(f"Cannot load the model {name!r}: {first}") from error
-
-
-@contextmanager
-def _progress_bars(show: bool) -> Iterator[None]:
-    """transformers' loading bars are a process-wide switch: set it, load, put it back."""
-    with _PROGRESS:
-        before = transformers_logging.is_progress_bar_enabled()
-        if not show:
-            transformers_logging.disable_progress_bar()
-        try:
-            yield
-        finally:
-            if before and not show:
-                transformers_logging.enable_progress_bar()

@@ -6,15 +6,17 @@ from importlib.resources import files
 from pathlib import Path
 
 from ..errors import ModelNotFoundError
+from .fetched import CATALOGUE, fetched_folder
 
 BUILTIN, GGUF = "builtin:", ".gguf"
 
 
 def resolve(name: str | Path) -> str:
-    """The folder of a bundled model, a folder or GGUF file on disk, or the name as it is.
+    """The folder of a bundled or fetched model, a path on disk, or the name as it is.
 
     Raises:
-        ModelNotFoundError: "builtin:..." names no bundled model, or a path is not there.
+        ModelNotFoundError: "builtin:..." names no bundled model, a path is not there, or the model
+            has not been fetched.
     """
     text = str(name)
     if not text.strip():
@@ -28,6 +30,8 @@ def resolve(name: str | Path) -> str:
         return str(folder)
     looks_local = isinstance(name, Path) or text.startswith((".", "/", "~"))
     path = Path(text).expanduser()
+    if text in CATALOGUE and not path.is_dir():
+        return str(fetched_folder(text))
     if path.is_dir() or (path.is_file() and path.suffix == GGUF):
         return str(path)
     if looks_local or (text.endswith(GGUF) and text.count("/") != 2):

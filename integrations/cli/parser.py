@@ -10,6 +10,7 @@ from ... import __version__
 from .calibrate import add_calibrate
 from .drafts import add_drafts
 from .eval import add_eval
+from .models import add_models
 
 Command = Callable[[argparse.Namespace], None]
 
@@ -19,6 +20,7 @@ examples:
   draftsieve ask "Who leads the archive?" --docs notes/ --ratio 0.3 --unit sentence --html kept.html
   draftsieve compress "What changed in May?" --file notes.md --capacity 512 > shorter.txt
   cat notes.md | draftsieve compress "What changed in May?" --file - --json
+  draftsieve models get smollm2-135m
   draftsieve drafts build --docs notes/ --out notes.safetensors
   draftsieve eval --length 1000 --budget 0.125 --items 200 --out results/
   draftsieve calibrate --draft models/my-draft
@@ -83,6 +85,7 @@ def build_parser(ask: Command, compress: Command) -> argparse.ArgumentParser:
     source.add_argument("--file", metavar="FILE", help='one text, read whole; "-" for stdin')
     _add_common(line, quantised="draft")
     line.set_defaults(run=compress)
+    add_models(commands)
     add_drafts(commands)
     add_eval(commands)
     add_calibrate(commands)
