@@ -18,8 +18,8 @@ from .errors import PromptError
 from .models.loading import AnyQuantization, load_model
 from .prompt.encoder import PromptEncoder
 from .prompt.messages import DEFAULT_SYSTEM, Prompt
-from .request import Request
-from .runtime.deadline import deadline_after, until
+from .request import GREEDY, Request
+from .runtime.limits import deadline_after, until
 from .runtime.worker import Worker
 from .specpc.draft import DraftModel
 from .specpc.pipeline import compress
@@ -222,7 +222,7 @@ class Compressor:
         """
         lengths = max_new_tokens or [None] * len(prompts)
         requests = [
-            Request(prompt, Generation(max_new_tokens=more) if more else Generation())
+            Request(prompt, Generation(max_new_tokens=more) if more else GREEDY)
             for prompt, more in zip(prompts, lengths, strict=True)
         ]
         compress(self.draft, requests, method or DEFAULT_METHOD, on_error)
@@ -266,8 +266,8 @@ class Compressor:
         try:
             prompt = Prompt.from_question(question, passages, system=system)
             with until(deadline_after(timeout)):
-                if self.draft.window is not None:
-                    room = SpecPC(capacity=self.draft.window - tokens)
+                if self.draft.context_window is not None:
+                    room = SpecPC(capacity=self.draft.context_window - tokens)
                     prompt = self.compress_prompt(prompt, room)[0]
                 return self.draft.text(self.guess(prompt, tokens)).strip()
         except Exception as error:

@@ -9,7 +9,7 @@ from .config import Generation, Method, OnError, SpecPC
 from .kv_cache.storage import Storage
 from .prompt.messages import DEFAULT_SYSTEM, Prompt
 from .prompt_engine import PromptEngine, require_equal
-from .runtime.deadline import deadline_after, until
+from .runtime.limits import deadline_after, until
 from .session import Session, load_session, open_session
 from .types import Answer, Chunk, CompressedContext, Passage
 

@@ -18,14 +18,8 @@ from .errors import NO_DRAFT, ModelError, PromptError
 from .generation.pipeline import Pipeline, answer_of
 from .generation.speculative.drafters.store import TrigramStore
 from .generation.trace import trace
-from .models.footprint import footprint
-from .models.loading import (
-    AnyQuantization,
-    accept,
-    context_window,
-    explain_out_of_memory,
-    load_model,
-)
+from .models.footprint import explain_out_of_memory, footprint
+from .models.loading import AnyQuantization, accept, context_window, load_model
 from .prompt.encoder import PromptEncoder
 from .prompt.messages import Prompt
 from .runtime.worker import Worker

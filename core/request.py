@@ -12,8 +12,7 @@ from .config import Generation, SpecKV
 from .kv_cache.prefix import Memory
 from .prompt.encoder import PromptTokens
 from .prompt.messages import Prompt
-from .runtime.clock import Clock
-from .runtime.deadline import deadline_after
+from .runtime.limits import Clock, deadline_after
 from .types import CompressedContext, DraftReading
 
 if TYPE_CHECKING:
@@ -21,6 +20,9 @@ if TYPE_CHECKING:
     from .generation.speculative.select import DraftPlan
     from .specpc.chunking import Piece
     from .specpc.fitting import Budget
+
+
+GREEDY = Generation()
 
 
 @dataclass(slots=True, eq=False)
@@ -34,7 +36,7 @@ class Request:
     """
 
     prompt: Prompt
-    generation: Generation = field(default_factory=Generation)
+    generation: Generation = field(default=GREEDY)
     memories: Memories | None = None
     clock: Clock = field(default_factory=Clock)  # seconds a stage
     deadline: float | None = field(init=False)

@@ -22,12 +22,12 @@ from .generation.pipeline import Pipeline
 from .kv_cache.files import SavedSession, read_files, write_files
 from .kv_cache.prefix import Memory, read_memory
 from .kv_cache.storage import Storage
-from .models.loading import explain_out_of_memory, fingerprint
+from .models.footprint import explain_out_of_memory
+from .models.loading import fingerprint
 from .prompt.encoder import PromptTokens
 from .prompt.messages import Prompt
 from .request import Memories
-from .runtime.clock import Clock
-from .runtime.deadline import deadline_after, until
+from .runtime.limits import Clock, deadline_after, until
 from .runtime.worker import Worker
 from .types import Answer, Chunk, Passage, Segment
 
@@ -294,10 +294,10 @@ def _read(
     if not any(passage.text.strip() for passage in prompt.passages):
         raise PromptError("A session needs passages with text: there is nothing to read.")
     beginning = _beginning(pipeline.pair.encoder.encode(prompt))
-    if pipeline.pair.window is not None and len(beginning) >= pipeline.pair.window:
+    if pipeline.pair.context_window is not None and len(beginning) >= pipeline.pair.context_window:
         raise PromptError(
             f"The passages take {len(beginning)} tokens, the target reads at most "
-            f"{pipeline.pair.window}: give fewer."
+            f"{pipeline.pair.context_window}: give fewer."
         )
     with explain_out_of_memory(f"reading {len(beginning):,} tokens", **_models(pipeline)):
         target = _remember(

@@ -6,6 +6,7 @@ import asyncio
 import copy
 import gc
 import threading
+import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -215,8 +216,8 @@ def test_a_request_out_of_time_ends_at_the_next_layer(
     short = Generation(max_new_tokens=4)
     before = engine.answer(QUESTION, TEXTS, method=method, generation=short).text
     held = caches()
-    clocks = SimpleNamespace(monotonic=lambda: clock[0])
-    monkeypatch.setattr("draftsieve.core.runtime.deadline.time", clocks)
+    clocks = SimpleNamespace(monotonic=lambda: clock[0], perf_counter=time.perf_counter)
+    monkeypatch.setattr("draftsieve.core.runtime.limits.time", clocks)
     with gated(getattr(engine, model), passes) as gate:
 
         def run_out() -> None:

@@ -16,7 +16,7 @@ from draftsieve.core.compressor import Compressor
 from draftsieve.core.conversation.compressor import TurnCompressor
 from draftsieve.core.errors import ModelError, OutOfMemoryError, PromptError
 from draftsieve.core.generation.sampling import Sampler
-from draftsieve.core.models.loading import explain_out_of_memory
+from draftsieve.core.models.footprint import explain_out_of_memory
 from draftsieve.core.session import Session
 
 from .adapters_fixtures import QUESTION, TEXTS, tiny_engine, tiny_model, tiny_tokenizer

@@ -24,9 +24,8 @@ from draftsieve.core.evaluation import scorers
 from draftsieve.core.evaluation.calibration import SEED, calibrate
 from draftsieve.core.evaluation.tasks import EvalItem, make_items
 from draftsieve.core.models.loading import fingerprint
-from draftsieve.core.specpc.draft_scores import read_draft
+from draftsieve.core.specpc.draft_scores import read_draft, reduce_rows
 from draftsieve.core.specpc.head_weights import HeadWeights, head_weights, read_heads, weights_path
-from draftsieve.core.specpc.scoring import reduce_rows
 from draftsieve.integrations import cli
 
 from . import families

@@ -135,14 +135,14 @@ def test_sliding_layers_of_an_even_cache_keep_their_window_too() -> None:
 
 def test_the_best_entries_of_all_heads_stay_above_a_floor() -> None:
     done = run(ADAPTIVE, 26, families.ids(90)[0])
-    rivals = 90 - WINDOW - 1
+    candidates = 90 - WINDOW - 1
     for scores, heads in zip(done.scores, done.entries(0), strict=True):
         chosen = [set(head.tolist()) for head in heads]
         assert sum(map(len, chosen)) == 26 * 2
         kept, dropped = [], []
         for head, mine in enumerate(chosen):
-            assert set(range(rivals, 89)) <= mine
-            order = scores[0, head, :rivals].argsort(descending=True, stable=True).tolist()
+            assert set(range(candidates, 89)) <= mine
+            order = scores[0, head, :candidates].argsort(descending=True, stable=True).tolist()
             assert set(order[:4]) <= mine  # 0.2 of the 20 beyond the window
             kept += [float(scores[0, head, i]) for i in order[4:] if i in mine]
             dropped += [float(scores[0, head, i]) for i in order if i not in mine]

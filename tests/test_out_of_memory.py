@@ -15,7 +15,8 @@ import torch
 from draftsieve import Engine, Generation, SpecKV, SpecKVPC, SpecPC
 from draftsieve.core.compressor import Compressor
 from draftsieve.core.errors import DraftSieveError, OutOfMemoryError
-from draftsieve.core.models.loading import explain_out_of_memory, load_model
+from draftsieve.core.models.footprint import explain_out_of_memory
+from draftsieve.core.models.loading import load_model
 
 from .adapters_fixtures import QUESTION, TEXTS, tiny_model, tiny_tokenizer
 

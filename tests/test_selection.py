@@ -7,6 +7,7 @@ import torch
 
 from draftsieve import Engine, SpecPC
 from draftsieve.core.models.attention_capture import attention_probabilities
+from draftsieve.core.specpc.draft_scores import reduce_rows, row_weights
 from draftsieve.core.specpc.fitting import token_budget
 from draftsieve.core.specpc.ranking import (
     distinct,
@@ -16,7 +17,6 @@ from draftsieve.core.specpc.ranking import (
     pool,
     rank,
 )
-from draftsieve.core.specpc.scoring import reduce_rows, row_weights
 from draftsieve.core.specpc.selection import select
 
 from . import families

@@ -203,9 +203,9 @@ def test_sizes_that_cover_all_and_short_prompts_are_read_dense(
 def _reference(
     model: PreTrainedModel, prompt: torch.Tensor, guess: torch.Tensor, options: SpecKV
 ) -> list[torch.Tensor]:
-    """Pooled scores (kv_heads, rivals) of every full layer, from full matrices and masks."""
+    """Pooled scores (kv_heads, candidates) of every full layer, from full matrices and masks."""
     size, total = prompt.numel(), prompt.numel() + guess.numel()
-    rivals, found = size - 1 - options.window_size, []
+    candidates, found = size - 1 - options.window_size, []
 
     def attention(  # type: ignore[no-untyped-def]
         module, query, key, value, mask, scaling, sliding_window=None, softcap=None, s_aux=None, **_
@@ -217,9 +217,9 @@ def _reference(
             return _naive(*states, seen, scaling, softcap, s_aux).transpose(0, 1)[None], None
         eye = torch.eye(total).expand(key.shape[1], -1, -1)
         dense = _naive(query[0], key[0], eye, seen, scaling, softcap, s_aux)
-        rows = dense[:, rivals:].unflatten(0, (key.shape[1], -1)).amax((1, 2))
+        rows = dense[:, candidates:].unflatten(0, (key.shape[1], -1)).amax((1, 2))
         half = options.kernel_size // 2
-        padded = torch.nn.functional.pad(rows[:, :rivals], (half, half), value=-1.0)
+        padded = torch.nn.functional.pad(rows[:, :candidates], (half, half), value=-1.0)
         found.append(padded.unfold(-1, options.kernel_size, 1).amax(-1))
         order = found[-1].argsort(dim=-1, descending=True, stable=True)  # ties: the oldest first
         columns = order[:, : options.prefill_vertical_size]

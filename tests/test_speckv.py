@@ -448,9 +448,12 @@ def test_baseline_scores_against_plain_attention() -> None:
                 "snapkv": grouped[:, :, -9:].amax(dim=(1, 2)),
                 "key_norm": -known[layer].keys[0].square().sum(-1).sqrt(),
             }[name]
-            rivals = 300 - 8 - 1
+            candidates = 300 - 8 - 1
             torch.testing.assert_close(
-                done.scores[layer][0, :, :rivals], expected[:, :rivals], rtol=1e-4, atol=1e-6
+                done.scores[layer][0, :, :candidates],
+                expected[:, :candidates],
+                rtol=1e-4,
+                atol=1e-6,
             )
 
 

@@ -23,8 +23,8 @@ from ..errors import ConfigError, ModelError
 from ..models.loading import context_window, fingerprint
 from ..prompt.encoder import PromptTokens
 from ..specpc.draft import asking_rows
+from ..specpc.draft_scores import row_weights
 from ..specpc.head_weights import HeadWeights, read_heads
-from ..specpc.scoring import row_weights
 from .puzzles import TASKS
 from .scorers import require_eval
 from .tasks import EvalItem

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from ..config import Generation
 from ..kv_cache.layers import attending
 from ..kv_cache.prefill import Start, from_scratch
-from ..runtime.deadline import check_deadline
+from ..runtime.limits import check_deadline
 from .constrained import Constraint
 from .sampling import Sampler
 from .speculative.tree_attention import TreeReader, obstacle

@@ -12,12 +12,12 @@ from ..config import Generation, OnError, SpecKV
 from ..errors import BudgetError, OutOfMemoryError, PromptError
 from ..kv_cache.layers import cache_bytes
 from ..kv_cache.prefill import Start
-from ..models.loading import explain_out_of_memory
+from ..models.footprint import explain_out_of_memory
 from ..prompt.encoder import PromptTokens
 from ..request import EvictionPlan, Request
-from ..runtime.clock import Clock
+from ..runtime.limits import Clock
 from ..speckv.batch import start_evicted
-from ..speckv.evict import token_capacity
+from ..speckv.evict import evict, token_capacity
 from ..speckv.lookahead import NOTHING, own_lookahead
 from ..speckv.scorers import needs_draft
 from .pair import Pair
@@ -60,7 +60,7 @@ def plan_evictions(
         return
     for request, guess in zip(planned, guesses, strict=True):
         assert request.eviction is not None  # chosen above
-        room = (pair.window or len(request.tokens) + len(guess)) - len(request.tokens)
+        room = (pair.context_window or len(request.tokens) + len(guess)) - len(request.tokens)
         text = str(pair.tokenizer.decode(guess.tolist(), skip_special_tokens=True))
         request.eviction = replace(request.eviction, lookahead=guess[:room], text=text)
         request.clock.add(clock.seconds)
@@ -69,7 +69,7 @@ def plan_evictions(
 def start_evictions(pair: Pair, requests: Sequence[Request]) -> Start:
     """Read requests, at least one of which evicts, and evict on the way."""
     plans = [request.eviction for request in requests]
-    start = start_evicted(
+    asked = (
         pair.target,
         [request.ids for request in requests],
         [NOTHING if plan is None else plan.lookahead for plan in plans],
@@ -78,6 +78,7 @@ def start_evictions(pair: Pair, requests: Sequence[Request]) -> Start:
         [request.protected for request in requests],
         requests[0].target_memory,
     )
+    start = evict(*asked).start if len(requests) == 1 else start_evicted(*asked)
     for request in requests:
         request.cache_bytes = cache_bytes(start.cache) // len(requests)
     return start

@@ -21,7 +21,7 @@ class Pair:
     tokenizer: PreTrainedTokenizerBase
     encoder: PromptEncoder
     draft: DraftModel | None = None
-    window: int | None = field(init=False)  # most tokens that the target reads
+    context_window: int | None = field(init=False)  # most tokens that the target reads
     same_tokens: bool = field(init=False)  # whether the draft's tokens are the target's
     same_prompts: bool = field(init=False)  # whether both make the same tokens of a prompt
 
@@ -30,7 +30,7 @@ class Pair:
         same = theirs is None or theirs is self.tokenizer
         same = same or (theirs is not None and theirs.get_vocab() == self.tokenizer.get_vocab())
         prompts = self.draft is not None and self.encoder.encodes_like(self.draft.encoder)
-        object.__setattr__(self, "window", context_window(self.target))
+        object.__setattr__(self, "context_window", context_window(self.target))
         object.__setattr__(self, "same_tokens", same)
         object.__setattr__(self, "same_prompts", prompts)
 

@@ -13,13 +13,13 @@ from ..config import Generation, Method, OnError, SpecPC, stages
 from ..errors import PromptError
 from ..kv_cache.layers import has_sliding_layers
 from ..kv_cache.prefill import Start
-from ..models.loading import end_token_ids, explain_out_of_memory
+from ..models.footprint import explain_out_of_memory
+from ..models.loading import end_token_ids
 from ..prompt.encoder import PromptEncoder, PromptTokens
 from ..prompt.messages import Prompt
 from ..prompt.tool_calls import ToolReader, parse_tool_calls
 from ..request import Memories, Request, earliest
-from ..runtime.clock import Clock
-from ..runtime.deadline import until
+from ..runtime.limits import Clock, until
 from ..specpc.draft import DraftModel
 from ..specpc.pipeline import compress
 from ..specpc.sparse_positions import kept_places, start_at
@@ -145,20 +145,20 @@ class Pipeline:
             request.tokens = request.original = pair.encoder.encode(shorter)
             if shorter is not request.prompt:
                 request.original = pair.encoder.encode(request.prompt)
-        if pair.window is not None and len(request.tokens) > pair.window:
+        if pair.context_window is not None and len(request.tokens) > pair.context_window:
             raise PromptError(
                 f"The prompt has {len(request.tokens)} tokens, the target reads at most "
-                f"{pair.window}: give fewer passages, or compress them "
-                f"(method=SpecPC(capacity={pair.window // 2}))."
+                f"{pair.context_window}: give fewer passages, or compress them "
+                f"(method=SpecPC(capacity={pair.context_window // 2}))."
             )
         if specpc is not None and specpc.positions == "keep":
-            _keep_positions(request, pair.window)
+            _keep_positions(request, pair.context_window)
 
     def _row(self, request: Request) -> RowText:
         """The answer to come, ended by the generation's limit or the target's window."""
         options, ends = request.generation, frozenset(end_token_ids(self.pair.target).tolist())
         size = len(request.tokens if request.positions is None else request.original)
-        room = (self.pair.window or size + options.max_new_tokens) - size
+        room = (self.pair.context_window or size + options.max_new_tokens) - size
         grammar = options.grammar
         return RowText(
             tokenizer=self.pair.tokenizer.backend_tokenizer,

@@ -63,14 +63,14 @@ def trace(
         capacity = token_capacity(speckv, prompt.numel())
         done = evict(target, [prompt], [lookahead], speckv, [capacity])
         start = done.start
-    rivals = max(0, prompt.numel() - (0 if speckv is None else speckv.window_size) - 1)
+    candidates = max(0, prompt.numel() - (0 if speckv is None else speckv.window_size) - 1)
     return Trace(
         output_ids=greedy(target, prompt, max_new_tokens, start),
         draft_scores=None if reading is None else reading.scores,
         pooled_scores=None if chosen is None else chosen.pooled_scores,
         kept_prompt_indices=None if chosen is None else chosen.indices,
         lookahead_ids=lookahead,
-        kv_scores=() if done is None else [layer[0, :, :rivals] for layer in done.scores],
+        kv_scores=() if done is None else [layer[0, :, :candidates] for layer in done.scores],
         kept_kv_indices=() if done is None else done.entries(0),
     )
 

@@ -10,7 +10,7 @@ import torch
 from transformers import Cache, PreTrainedModel
 
 from ..models.loading import end_token_ids
-from ..runtime.deadline import check_deadline
+from ..runtime.limits import check_deadline
 from .batch import can_join
 from .layers import attending
 from .prefill import Observe, Start, from_scratch, read_prompts, similar
@@ -122,6 +122,8 @@ def _continue(
 ) -> list[torch.Tensor]:
     """Go on from (batch, vocabulary) logits behind what a cache holds, greedily."""
     guesses = [logits.argmax(-1)]  # each (batch,)
+    if max(limits) == 1:
+        return list(guesses[0].cpu().unsqueeze(1))
     ends = end_token_ids(model).to(mask.device)
     lengths = torch.tensor(limits, device=mask.device)
     active = lengths > 1  # (batch,) rows still looking ahead

@@ -21,7 +21,7 @@ from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWin
 
 from ..errors import ModelError
 from ..models.attention_capture import AttentionCall, observing
-from ..runtime.deadline import check_deadline
+from ..runtime.limits import check_deadline
 from .ragged import HeadGroup, group_heads, select_rows, uneven_attention
 from .storage import StoredLayer
 

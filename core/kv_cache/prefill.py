@@ -54,7 +54,7 @@ def read_prompts(
     """
     lengths = [prompt.numel() for prompt in prompts]
     passes = passes_of(model, lengths)
-    if keep and not can_join(model):
+    if keep and len(prompts) > 1 and not can_join(model):
         passes = [list(range(len(prompts)))]
     logits: list[torch.Tensor] = [torch.empty(0)] * len(prompts)
     caches: list[Cache] = []
@@ -74,8 +74,11 @@ def read_prompts(
             logits[row] = its
         if cache is not None:
             caches.append(cache)
-    joined = join_caches(model, caches, passes) if keep else None
-    return Prompts(torch.stack(logits), joined, mask_left(lengths, model.device))
+    if keep and len(prompts) > 1:
+        caches = [join_caches(model, caches, passes)]
+    return Prompts(
+        torch.stack(logits), caches[0] if keep else None, mask_left(lengths, model.device)
+    )
 
 
 def passes_of(model: PreTrainedModel, lengths: Sequence[int]) -> list[list[int]]:

@@ -24,7 +24,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 
 from ..errors import ModelError
-from ..runtime.deadline import check_deadline
+from ..runtime.limits import check_deadline
 
 NAME = "draftsieve_observed"
 

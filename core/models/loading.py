@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
-from traceback import format_exception
 from typing import Any
 
 import torch
@@ -24,9 +23,9 @@ from transformers import (
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..config import Quantization
-from ..errors import DraftSieveError, ModelError, ModelNotFoundError, OutOfMemoryError
+from ..errors import DraftSieveError, ModelError, ModelNotFoundError
 from .bars import progress_bars
-from .footprint import footprint
+from .footprint import explain_out_of_memory, footprint, is_out_of_memory
 from .gguf import find_gguf, gguf_tokenizer, load_gguf, read_gguf
 from .names import resolve
 
@@ -172,70 +171,6 @@ def fingerprint(model: PreTrainedModel) -> str:
     return digest.hexdigest()[:16]
 
 
-class explain_out_of_memory:  # noqa: N801, reads as a verb in `with`
-    """Turn an allocation failure into an `OutOfMemoryError` that names the models' sizes.
-
-    What the failed calls held (caches, activations) is freed when the error is raised, even where
-    the error is kept: its cause stays without its traceback, whose text becomes a note.
-
-    Args:
-        work: What is done in the block, with its sizes, for the message.
-        models: The models at work by their roles.
-    """
-
-    def __init__(self, work: str = "", **models: PreTrainedModel | None) -> None:
-        self.work, self.models = work, models
-
-    def __enter__(self) -> None:
-        """Begin the block."""
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: object
-    ) -> None:
-        """Raise the explained error in place of an allocation failure."""
-        if error is None or not _is_out_of_memory(error):
-            return
-        work = self.work or getattr(error, "work", "")
-        sizes = ", ".join(
-            f"{role} {footprint(model) / 1e6:.0f} MB"
-            for role, model in self.models.items()
-            if model is not None
-        )
-        what = f" while {work}" if work else ""
-        weights = f"; the weights take: {sizes}" if sizes else ""
-        explained = OutOfMemoryError(
-            f"Out of memory{what}{weights}. Use a smaller capacity, fewer or shorter prompts at "
-            "once, Quantization(bits=4), or put the draft on another device.",
-            work,
-        )
-        explained.add_note("".join(format_exception(error)))
-        del trace  # this frame is part of the new traceback and must not hold the old one
-        _forget_frames(error)
-        raise explained from error
-
-
-def _forget_frames(error: BaseException) -> None:
-    """Free what the calls held that an error and those before it went through."""
-    chain: BaseException | None = error
-    seen: set[int] = set()
-    while chain is not None and id(chain) not in seen:
-        seen.add(id(chain))
-        chain.__traceback__ = None
-        chain = chain.__cause__ or chain.__context__
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    text = str(error).lower()
-    return isinstance(error, RuntimeError) and any(
-        sign in text
-        for sign in ("can't allocate memory", "not enough memory", "out of memory", "alloc_failed")
-    )
-
-
 def _quantization_config(
     options: AnyQuantization, dtype: str | torch.dtype
 ) -> QuantizationConfigMixin:
@@ -310,7 +245,7 @@ def _loading_errors(name: str) -> Iterator[None]:
     except DraftSieveError:
         raise
     except (OSError, ValueError, ImportError, RuntimeError, MemoryError) as error:
-        if _is_out_of_memory(error):
+        if is_out_of_memory(error):
             raise
         first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         if isinstance(error, OSError):

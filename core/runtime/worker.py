@@ -12,7 +12,7 @@ from functools import partial
 from threading import Event
 from typing import ParamSpec, TypeVar
 
-from .deadline import RequestCancelledError, check_deadline, waiting
+from .limits import RequestCancelledError, check_deadline, waiting
 
 P = ParamSpec("P")
 T = TypeVar("T")

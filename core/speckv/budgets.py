@@ -12,7 +12,9 @@ from collections.abc import Sequence
 import torch
 
 
-def layer_budgets(capacity: int, fixed: int, rivals: int, layers: int, slope: float) -> list[int]:
+def layer_budgets(
+    capacity: int, fixed: int, candidates: int, layers: int, slope: float
+) -> list[int]:
     """Entries a head of each layer, falling linearly from the first layer to the last.
 
     As in PyramidKV (arXiv 2406.02069): lower layers spread their attention more. Before rounding
@@ -22,17 +24,18 @@ def layer_budgets(capacity: int, fixed: int, rivals: int, layers: int, slope: fl
     Args:
         capacity: C, the mean over layers.
         fixed: Protected entries of the prompt, kept in every layer; at most C.
-        rivals: Entries that compete; no layer can keep more.
+        candidates: Entries that compete; no layer can keep more.
         layers: Number of layers that evict.
         slope: 0 for even layers, up to 1.
 
     Returns:
-        (layers,) numbers in fixed .. fixed + rivals whose sum is min(C, fixed + rivals) * layers.
+        (layers,) numbers in fixed .. fixed + candidates; their sum is
+        min(C, fixed + candidates) * layers.
     """
-    spare = min(capacity - fixed, rivals) * layers
+    spare = min(capacity - fixed, candidates) * layers
     fall = [1.0 - 2.0 * layer / max(1, layers - 1) for layer in range(layers)]  # 1 .. -1
     weights = [1.0 + slope * f if layers > 1 else 1.0 for f in fall]
-    return [fixed + share for share in _divide(spare, weights, rivals)]
+    return [fixed + share for share in _divide(spare, weights, candidates)]
 
 
 def _divide(total: int, weights: Sequence[float], most: int) -> list[int]:

@@ -37,7 +37,7 @@ class Eviction:
     """What SpecKV did to a batch of prompts."""
 
     start: Start  # where decoding goes on
-    scores: tuple[torch.Tensor, ...]  # per layer (batch, kv_heads, columns), pooled; -inf: no rival
+    scores: tuple[torch.Tensor, ...]  # per layer (batch, kv_heads, columns), pooled; -inf: none
     kept: tuple[torch.Tensor, ...]  # per layer (batch, kv_heads, slots) columns
     counts: tuple[torch.Tensor, ...]  # per layer (batch, kv_heads) slots filled; others in front
     slots: torch.Tensor  # (batch, C) bool, False where a row keeps fewer, C on average if uneven
@@ -99,8 +99,10 @@ def evict(
     before = None if memory is None or not known else memory.part(known)
     cache = evicting_cache(model, before, options.uneven)
     evictor.cache, evictor.begin = cache, known
-    evictor.share_out()
-    evictor.sparse = plan_sparse(options, padding.bool(), slots < lengths - 1, known)
+    if options.uneven:
+        evictor.share_out()
+    if options.prefill_vertical_size is not None:
+        evictor.sparse = plan_sparse(options, padding.bool(), slots < lengths - 1, known)
     with torch.no_grad(), observing(model, evictor):
         model.get_decoder()(
             input_ids=torch.cat([ids, guess], dim=1)[:, known:],
@@ -175,15 +177,15 @@ class _Evictor:
         self.slots = slots.unsqueeze(1)
         self.before_last = self.real & (place < columns - 1)
         self.fixed = self.before_last & (place >= columns - 1 - self.window)
-        self.rivals = self.before_last & ~self.fixed
+        self.candidates = self.before_last & ~self.fixed
         self.always = torch.zeros_like(self.fixed)  # seen by all later queries of a sparse prefill
         self.filled = torch.arange(self.capacity, device=padding.device) >= (
             self.capacity - self.slots
         )
         rows = min(options.window_size + 1 + padding.shape[1] - columns, padding.shape[1])
         newest = torch.arange(padding.shape[1] - rows, padding.shape[1], device=padding.device)
-        # a row looks if it is no padding and, in the prompt, within W + 1 of its end
-        self.looks = padding[:, newest] & (newest >= columns - 1 - options.window_size)
+        # a row observes if it is no padding and, in the prompt, within W + 1 of its end
+        self.observes = padding[:, newest] & (newest >= columns - 1 - options.window_size)
         self.scores: list[torch.Tensor] = []
         self.kept: list[torch.Tensor] = []
         self.counts: list[torch.Tensor] = []
@@ -193,16 +195,16 @@ class _Evictor:
     def protect(self, entries: torch.Tensor) -> None:
         """Keep these (batch, columns) instead of the window, which then competes like the rest."""
         self.fixed = self.always = self.before_last & entries
-        self.rivals = self.before_last & ~self.fixed
+        self.candidates = self.before_last & ~self.fixed
 
     def share_out(self) -> None:
         """Settle how much each uneven layer of the cache may keep."""
         places = [i for i, la in enumerate(self.cache.layers) if isinstance(la, UnevenLayer)]
         slope = self.options.pyramid_slope if self.options.layer_budgets == "pyramid" else 0.0
-        rows = torch.stack([self.slots[:, 0], self.fixed.sum(1), self.rivals.sum(1)], dim=1)
+        rows = torch.stack([self.slots[:, 0], self.fixed.sum(1), self.candidates.sum(1)], dim=1)
         shares = [
-            layer_budgets(capacity, fixed, rivals, len(places), slope)
-            for capacity, fixed, rivals in rows.tolist()
+            layer_budgets(capacity, fixed, candidates, len(places), slope)
+            for capacity, fixed, candidates in rows.tolist()
         ]
         for layer, budget in zip(places, zip(*shares, strict=True), strict=True):
             self.budgets[layer] = torch.tensor(budget, device=self.slots.device)
@@ -229,7 +231,7 @@ class _Evictor:
             layer=call.layer,
             key=key[:, :, : self.columns],
             real=self.real,
-            looks=self.looks,
+            observes=self.observes,
             begin=self.begin,
             queries=queries,
             reduction=self.options.reduction,
@@ -257,10 +259,10 @@ class _Evictor:
         self.counts.append(counts.cpu())
 
     def _pool(self, scores: torch.Tensor) -> torch.Tensor:
-        """Pool over rivals only: nothing outside for max, zeros outside for mean."""
+        """Pool over candidates only: nothing outside for max, zeros outside for mean."""
         size, how = self.options.kernel_size, self.options.pool
         how = how if self.scorer.pooled else None
-        outside = ~self.rivals.unsqueeze(1)
+        outside = ~self.candidates.unsqueeze(1)
         if how == "max":
             scores = scores.masked_fill(outside, float("-inf"))
             scores = functional.max_pool1d(scores, size, stride=1, padding=size // 2)

@@ -52,7 +52,7 @@ def choose_columns(
     """The columns that all later queries of a sequence see.
 
     Args:
-        scores: (kv_heads, prompt) pooled; -inf where a token is no rival (the paper's window).
+        scores: (kv_heads, prompt) pooled; -inf where a token is no candidate (the paper's window).
         always: (prompt,) bool, protected tokens. They come first, from the oldest on, unless the
             band of every later query reaches them.
         tokens: Of prompt and lookahead.
@@ -164,7 +164,7 @@ class SparsePrefill:
 
         Args:
             call: The layer, with as many keys as queries.
-            scores: (batch, kv_heads, prompt columns) pooled; -inf: no rival.
+            scores: (batch, kv_heads, prompt columns) pooled; -inf: no candidate.
             always: (batch, prompt columns) bool, protected tokens.
 
         Returns:

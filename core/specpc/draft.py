@@ -13,7 +13,8 @@ from ..config import SpecPC
 from ..errors import OutOfMemoryError, PromptError
 from ..kv_cache.greedy import greedy, guess
 from ..kv_cache.prefix import Memory
-from ..models.loading import accept, context_window, explain_out_of_memory
+from ..models.footprint import explain_out_of_memory
+from ..models.loading import accept, context_window
 from ..prompt.encoder import PromptEncoder, PromptTokens
 from ..types import DraftReading
 from .draft_scores import read_draft
@@ -38,7 +39,7 @@ class DraftModel:
     ) -> None:
         self.model, self.tokenizer = accept(model), tokenizer
         self.encoder = PromptEncoder(tokenizer, template_options)
-        self.window = context_window(model)
+        self.context_window = context_window(model)
         self.progress = progress
 
     def read(
@@ -97,14 +98,15 @@ class DraftModel:
 
     def _room(self, prompt: PromptTokens, tokens: int) -> int:
         """How many tokens the answer to a prompt may have."""
-        if self.window is None:
+        if self.context_window is None:
             return tokens
-        if len(prompt) >= self.window:
+        if len(prompt) >= self.context_window:
             raise PromptError(
-                f"The prompt has {len(prompt)} tokens, the draft reads at most {self.window} and "
-                "so cannot guess an answer: compress the prompt first (SpecKVPC)."
+                f"The prompt has {len(prompt)} tokens, the draft reads at most "
+                f"{self.context_window} and so cannot guess an answer: compress the prompt "
+                "first (SpecKVPC)."
             )
-        return min(tokens, self.window - len(prompt))
+        return min(tokens, self.context_window - len(prompt))
 
     def _bar(self, prompts: int) -> tqdm[Any]:
         """A bar over the prompts that the draft reads; hidden for a single one."""

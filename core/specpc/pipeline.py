@@ -14,9 +14,9 @@ import torch
 
 from ..config import OnError, SpecPC
 from ..errors import ModelError, RequestTimeoutError
-from ..models.loading import explain_out_of_memory
+from ..models.footprint import explain_out_of_memory
 from ..request import Request
-from ..runtime.clock import Clock
+from ..runtime.limits import Clock
 from ..types import DraftReading
 from .chunking import group_texts, plan_groups, spread_scores
 from .draft import DraftModel
@@ -66,7 +66,7 @@ def _encode(draft: DraftModel, request: Request, method: SpecPC) -> None:
     budget.require_room(fixed)
     request.lookahead_tokens = method.lookahead_tokens or request.generation.max_new_tokens
     request.groups, request.parts = (), [tokens]
-    room = None if draft.window is None else draft.window - request.lookahead_tokens
+    room = draft.context_window and draft.context_window - request.lookahead_tokens
     if room is None or len(tokens) <= room:
         return
     texts = [passage.text for passage in prompt.passages]

@@ -198,8 +198,8 @@ def _starts(
 ) -> dict[str, Start]:
     """A cache of each kind; protected tokens come on top of the share."""
     fixed = 0 if reading.protected is None else int(reading.protected[:-1].sum())
-    rivals = reading.ids.numel() - 1 - fixed
-    capacity = fixed + max(1, rivals // share)
+    candidates = reading.ids.numel() - 1 - fixed
+    capacity = fixed + max(1, candidates // share)
     starts = {"full": _read(model, reading.ids)}
     protected = None if reading.protected is None else [reading.protected]
     for name, method in kinds(options).items():

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ...runtime.deadline import check_deadline
+from ...runtime.limits import check_deadline
 from ...types import Drafting
 from .drafters.tree import Drafter
 from .tree_attention import TreeReader

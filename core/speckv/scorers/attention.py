@@ -14,8 +14,8 @@ from .view import LayerView
 def score(view: LayerView) -> torch.Tensor:
     """Best or mean attention over the observing rows and the heads of the group."""
     probabilities = view.attention(view.queries - view.rows, view.queries)
-    grouped = view.per_kv_head(probabilities * view.looks[:, None, :, None])
+    grouped = view.per_kv_head(probabilities * view.observes[:, None, :, None])
     if view.reduction == "max":
         return grouped.amax(2)
-    terms = view.looks.sum(1) * (grouped.shape[2] // view.rows)  # (batch,)
+    terms = view.observes.sum(1) * (grouped.shape[2] // view.rows)  # (batch,)
     return grouped.sum(2) / terms[:, None, None]

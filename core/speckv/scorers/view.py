@@ -15,7 +15,7 @@ class LayerView:
     """One attention layer over left-padded prompts and, behind them, lookaheads.
 
     Shapes: `key` is (batch, kv_heads, columns, head_dim), prompt columns only; `real` (batch,
-    columns) is False at padding; `looks` (batch, rows) says which of the newest `rows` queries
+    columns) is False at padding; `observes` (batch, rows) says which of the newest `rows` queries
     observe. `attention(first, last)` gives the probabilities of queries first..last-1, counted over
     prompt and lookahead, as (batch, heads, last - first, columns) float32; queries below `begin`
     went by in an earlier pass and cannot be asked.
@@ -24,7 +24,7 @@ class LayerView:
     layer: int
     key: torch.Tensor
     real: torch.Tensor
-    looks: torch.Tensor
+    observes: torch.Tensor
     begin: int  # first query of the pass
     queries: int  # end of the pass, lookahead included
     reduction: Pool
@@ -34,7 +34,7 @@ class LayerView:
     @property
     def rows(self) -> int:
         """Number of newest queries among which the observers are."""
-        return self.looks.shape[1]
+        return self.observes.shape[1]
 
     def per_kv_head(self, probabilities: torch.Tensor) -> torch.Tensor:
         """(batch, heads, rows, columns) -> (batch, kv_heads, group x rows, columns)."""

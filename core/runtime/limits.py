@@ -1,16 +1,18 @@
-"""What ends a request early: its time limit and its cancellation.
+"""What ends a request early, its time limit and its cancellation; and what its stages took.
 
-They are looked at between layers and between tokens, and belong to the thread or task that set
-them, like the observer of `capture.py`. A single layer is never interrupted, so a request may
-overrun by one layer's time while a prompt is read, and by one forward pass of a token elsewhere.
+The limits are looked at between layers and between tokens, and belong to the thread or task that
+set them, like the observer of `attention_capture.py`. A single layer is never interrupted, so a
+request may overrun by one layer's time while a prompt is read, and by one forward pass of a token
+elsewhere.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass, field
 from threading import Event
 
 from ..errors import RequestTimeoutError
@@ -76,3 +78,24 @@ def check_deadline() -> None:
             "The request's timeout has passed before it was done: allow more seconds, or give "
             "less to read (fewer passages) or to write (max_new_tokens)."
         )
+
+
+@dataclass(slots=True)
+class Clock:
+    """Seconds per named stage."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        """Add the block's wall time to a stage."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.add({stage: time.perf_counter() - start})
+
+    def add(self, seconds: Mapping[str, float]) -> None:
+        """Add seconds per stage."""
+        for stage, more in seconds.items():
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + more
