@@ -23,12 +23,12 @@ from transformers.masking_utils import eager_mask
 
 from draftsieve import Engine, Generation, Prompt, SpecKV, SpecKVPC, SpecPC
 from draftsieve.core.errors import BudgetError, ConfigError, ModelError
+from draftsieve.core.generation import eviction
 from draftsieve.core.generation.decode import next_tokens
 from draftsieve.core.kv_cache.batch import join_evicted
 from draftsieve.core.kv_cache.layers import EvictedLayer, cache_bytes
 from draftsieve.core.kv_cache.prefill import pad_left
 from draftsieve.core.prompt.encoder import PromptTokens
-from draftsieve.core.speckv import batch as speckv_batch
 from draftsieve.core.speckv.evict import Eviction, evict
 from draftsieve.core.speckv.lookahead import own_lookahead
 from draftsieve.core.speckv.scorers import SCORERS, h2o
@@ -66,7 +66,7 @@ def test_all_but_the_passages_stays_by_position(monkeypatch: pytest.MonkeyPatch)
         found.append(evict(*args))
         return found[-1]
 
-    monkeypatch.setattr(speckv_batch, "evict", recorded)
+    monkeypatch.setattr(eviction, "evict", recorded)
     engine, tokens = tiny_engine(), _tokens(TEXTS)
     story = Prompt.from_messages([{"role": "user", "content": "Tell me a long story. " * 8}])
     method = SpecKV(ratio=0.3, window_size=6)
