@@ -32,6 +32,7 @@ from .baselines import (
     truncation_middle,
     truncation_tail,
 )
+from .likelihood import AnswerReading
 from .shared import Bench, Case
 from .squad import Scorer
 from .survival import kept_spans
@@ -47,7 +48,8 @@ class Run:
 
     `prompt_tokens` is what the target read, `cache_tokens` what its cache holds per KV head when
     decoding starts; `kept` is None where the passages' text stayed whole. Seconds count what the
-    method needs alone: shared readings are added to each method that uses them.
+    method needs alone: shared readings are added to each method that uses them. `reading` is the
+    target's of the reference answer, where it was read.
     """
 
     text: str
@@ -56,6 +58,7 @@ class Run:
     kept: Kept | None
     draft_seconds: float
     target_seconds: float
+    reading: AnswerReading | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +80,7 @@ def _on_cache(name: CacheScorer | None, case: Case, share: float) -> Run:
     method = None if name is None else SpecKV(ratio=share, scorer=name, seed=SEED)
     case.once.saved = 0.0
     shared = name not in _NEEDS_ALL_QUERIES
-    answer = case.answer(case.prompt, method, shared=shared)
+    answer, reading = case.answer_and_read(case.prompt, method, shared=shared)
     guess = answer.timings.get("draft", 0.0)
     target = _target_seconds(answer) + (case.prefill_seconds if shared else 0.0)
     by_draft = name is not None and SCORERS[name].lookahead == "draft"
@@ -89,6 +92,7 @@ def _on_cache(name: CacheScorer | None, case: Case, share: float) -> Run:
         None,
         guess + case.once.saved if by_draft else 0.0,
         target if by_draft else target + guess,
+        reading,
     )
 
 
@@ -97,7 +101,7 @@ def _both(case: Case, share: float) -> Run:
     first = SpecPC(ratio=min(1.0, 2 * share), lookahead_tokens=8)
     method = SpecKVPC(specpc=first, speckv=SpecKV(ratio=share / min(1.0, 2 * share)))
     case.once.saved = 0.0
-    answer = case.answer(case.prompt, method, shared=False)
+    answer, reading = case.answer_and_read(case.prompt, method, shared=False)
     assert answer.context is not None  # a prompt stage describes what it kept
     timings = answer.timings
     tokens = answer.usage.prompt_tokens
@@ -108,6 +112,7 @@ def _both(case: Case, share: float) -> Run:
         kept_spans(answer.context, len(case.item.passages)),
         timings.get("draft", 0.0) + timings.get("select", 0.0) + case.once.saved,
         _target_seconds(answer),
+        reading,
     )
 
 
@@ -121,9 +126,9 @@ def _on_prompt(shorten: Shorten, case: Case, share: float) -> Run:
     began = time.perf_counter()
     kept, texts = shorten(case, share)
     draft_seconds = time.perf_counter() - began + case.once.saved
-    answer = case.answer(case.prompt.with_texts(texts), None, shared=False)
+    answer, reading = case.answer_and_read(case.prompt.with_texts(texts), None, shared=False)
     tokens = answer.usage.prompt_tokens
-    return Run(answer.text, tokens, tokens, kept, draft_seconds, _target_seconds(answer))
+    return Run(answer.text, tokens, tokens, kept, draft_seconds, _target_seconds(answer), reading)
 
 
 def _in_place(choose: Callable[[Case, float], Kept], case: Case, share: float) -> Run:
@@ -134,7 +139,9 @@ def _in_place(choose: Callable[[Case, float], Kept], case: Case, share: float) -
     read = time.perf_counter()
     draft_seconds = read - began + case.once.saved
     text, tokens = case.answer_in_place(kept)
-    return Run(text, tokens, tokens, kept, draft_seconds, time.perf_counter() - read)
+    target_seconds = time.perf_counter() - read
+    reading = case.read_reference(case.start_in_place(kept)[1])
+    return Run(text, tokens, tokens, kept, draft_seconds, target_seconds, reading)
 
 
 def _target_seconds(answer: Answer) -> float:

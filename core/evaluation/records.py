@@ -21,6 +21,8 @@ class Record:
     `survived` and `sentences_survived` are None where the text stayed whole or nothing had to
     survive; `draft_correct` says whether the draft's own answer to the whole prompt was right, None
     where the prompt exceeds its window. `error` replaces the answer where a method refused.
+    `log_likelihood` and `divergence` are those of `likelihood.py`, in nats a token; None where the
+    reference answer was not read.
     """
 
     item: str
@@ -43,6 +45,9 @@ class Record:
     target_seconds: float
     draft_correct: bool | None
     error: str | None = None
+    kind: str = ""
+    log_likelihood: float | None = None
+    divergence: float | None = None
 
     @property
     def key(self) -> Key:

@@ -20,12 +20,15 @@ from tqdm import tqdm
 from ..errors import ConfigError, DraftSieveError, OutOfMemoryError
 from ..prompt.messages import DEFAULT_SYSTEM
 from ..specpc.bm25 import bm25
+from .likelihood import divergence
 from .methods import EvalMethod, Run, find_methods
 from .metrics import score_answer, survival
 from .plots import write_plots
 from .puzzles import TASKS
+from .realtext.suites import Suite
 from .records import ITEMS, Record, append, open_folder, write_lines
 from .shared import Bench, Case
+from .spoken import score_spoken
 from .squad import read_article
 from .summary import markdown
 from .tasks import EvalItem, make_items, natural_items
@@ -50,6 +53,7 @@ class Grid:
         question_first: Put the question in front of the passages.
         system: System text of all prompts.
         reference: The method that the others are compared with.
+        suite: Real questions, asked at each length.
     """
 
     methods: tuple[str, ...] = ("table",)
@@ -63,6 +67,7 @@ class Grid:
     question_first: bool = False
     system: str | None = DEFAULT_SYSTEM
     reference: str = "none"
+    suite: Suite | None = None
 
     def __post_init__(self) -> None:
         wrong = [budget for budget in self.budgets if not 0 < budget <= 1]
@@ -70,8 +75,10 @@ class Grid:
             raise ConfigError(f"Budgets are shares in (0, 1], but one is {wrong}.")
         if self.items < 0 or self.natural < 0 or not self.lengths:
             raise ConfigError("A run needs at least one length, and no negative numbers of items.")
-        if not self.tasks and self.data is None:
-            raise ConfigError("There is nothing to measure: name tasks, or give a data file.")
+        if not self.tasks and self.data is None and self.suite is None:
+            raise ConfigError(
+                "There is nothing to measure: name tasks, or give a data file or a suite."
+            )
 
     def describe(self, bench: Bench) -> dict[str, Any]:
         """What must not change when a run goes on; methods, budgets and lengths may."""
@@ -86,6 +93,7 @@ class Grid:
             "seed": self.seed,
             "question_first": self.question_first,
             "system": self.system,
+            **({} if self.suite is None else {"suite": self.suite.describe()}),
         }
 
 
@@ -179,6 +187,8 @@ def build(bench: Bench, grid: Grid) -> Iterator[EvalItem]:
                 question_first=grid.question_first,
                 system=grid.system,
             )
+        if grid.suite is not None:
+            yield from grid.suite.items(length, count, seed=grid.seed, system=grid.system)
 
 
 def measure(
@@ -190,7 +200,7 @@ def measure(
     case = bench.open(item)
     draft_correct: bool | None = None
     try:
-        draft_correct = score_answer(item, case.draft_answer()).correct
+        draft_correct = _right(case, case.draft_answer())
     except OutOfMemoryError:
         raise
     except DraftSieveError as error:
@@ -210,7 +220,8 @@ def _record(case: Case, method: EvalMethod, budget: float, draft_correct: bool |
         error = f"{type(refused).__name__}: {refused}"
         logger.warning("%s on %s: %s", method.name, item.id, error)
         done = Run("", 0, 0, None, 0.0, 0.0)
-    score = score_answer(item, done.text)
+    score = (score_spoken if case.spoken else score_answer)(item, done.text)
+    reading, full = done.reading, None if done.reading is None else case.full_reading()
     alive = None if done.kept is None else survival(item, done.kept)
     return Record(
         item=item.id,
@@ -233,7 +244,17 @@ def _record(case: Case, method: EvalMethod, budget: float, draft_correct: bool |
         target_seconds=round(done.target_seconds, 4),
         draft_correct=draft_correct,
         error=error,
+        kind=item.kind,
+        log_likelihood=None if reading is None else reading.log_likelihood,
+        divergence=None if reading is None or full is None else divergence(full, reading),
     )
+
+
+def _right(case: Case, text: str) -> bool:
+    """Whether an answer is right: in so many words, or for sentences where it contains it."""
+    if case.spoken:
+        return score_spoken(case.item, text).recall == 1
+    return score_answer(case.item, text).correct
 
 
 def write_report(records: Sequence[Record], grid: Grid, bench: Bench, folder: Path) -> None:

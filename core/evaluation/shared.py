@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from copy import deepcopy
 from typing import Any, TypeVar
 
 import torch
@@ -12,10 +13,12 @@ import torch
 from ..compressor import Compressor
 from ..config import Generation, Method, SpecPC
 from ..errors import ModelError
-from ..generation.pipeline import Pipeline
+from ..generation.pipeline import Pipeline, answer_of
 from ..kv_cache.greedy import greedy
+from ..kv_cache.prefill import Start
 from ..kv_cache.prefix import Memory, read_memory
 from ..models.loading import LoadedModel, fingerprint
+from ..models.names import BUILTIN
 from ..prompt.encoder import PromptEncoder, PromptTokens
 from ..prompt.messages import Prompt
 from ..request import Memories
@@ -23,6 +26,7 @@ from ..specpc.draft import DraftModel
 from ..specpc.sparse_positions import kept_places, start_at
 from ..types import Answer, DraftReading
 from .baselines import Kept
+from .likelihood import AnswerReading, read_answer
 from .tasks import EvalItem
 
 T = TypeVar("T")
@@ -167,8 +171,46 @@ class Case:
                 self.prefill_seconds = time.perf_counter() - began
         return self._memories
 
+    @property
+    def spoken(self) -> bool:
+        """Whether answers may be sentences, and the reference answer is read too."""
+        return self.item.real or not self.bench.names["target"].startswith(BUILTIN)
+
+    def read_reference(self, begun: torch.Tensor | Start) -> AnswerReading | None:
+        """What the target expects at each token of the reference answer.
+
+        Args:
+            begun: Prompt tokens, or where decoding would begin; the latter stays as it is.
+        """
+        if not self.spoken:
+            return None
+        found = self.bench.encoder.encode_text(self.item.reference)
+        start = deepcopy(begun) if isinstance(begun, Start) else begun
+        return read_answer(self.bench.target, start, torch.tensor(found, dtype=torch.int64))
+
+    def full_reading(self) -> AnswerReading | None:
+        """The same after the whole prompt; None where that exceeds the target's window."""
+
+        def read() -> AnswerReading | None:
+            ids, window = self.bench.encoder.encode(self.prompt).ids, pair.context_window
+            if window is not None and ids.numel() > window:
+                return None
+            memories = self.memories()
+            return self.read_reference(
+                ids if memories is None else memories.target.start(pair.target, ids)
+            )
+
+        pair = self.bench.pipeline.pair
+        return self.once("full reading", read)
+
     def answer(self, prompt: Prompt, method: Method | None, *, shared: bool) -> Answer:
-        """What the engine answers.
+        """What the engine answers; arguments as for `answer_and_read`."""
+        return self.answer_and_read(prompt, method, shared=shared)[0]
+
+    def answer_and_read(
+        self, prompt: Prompt, method: Method | None, *, shared: bool
+    ) -> tuple[Answer, AnswerReading | None]:
+        """What the engine answers, and what the target thinks of the reference answer.
 
         Args:
             prompt: The item's prompt, or a shorter one.
@@ -176,11 +218,25 @@ class Case:
             shared: Go on from the full prefill, which the prompt must begin with.
         """
         memories = self.memories() if shared else None
-        *_, last = self.bench.pipeline.stream(
-            prompt, method, self.bench.generation, "raise", memories
-        )
-        assert last.answer is not None  # the last chunk carries it
-        return last.answer
+        pipeline, options = self.bench.pipeline, [self.bench.generation]
+        (request,) = pipeline.prepare([prompt], method, options, "raise", memories)
+        with request.clock("prefill"):
+            start = pipeline.begin([request])
+        reading = self.read_reference(request.ids if start is None else start)
+        text = "".join(piece for (piece,) in pipeline.decode([request], start))
+        return answer_of(request, text), reading
+
+    def start_in_place(self, kept: Kept) -> tuple[torch.Tensor, Start]:
+        """The kept characters' tokens, and where a target begins that reads them in their places.
+
+        Returns:
+            (kept,) int64 ids, and the start.
+        """
+        tokens = self.bench.encoder.encode(self.prompt)
+        spans = ((index, *span) for index, own in enumerate(kept) for span in own)
+        places = kept_places(tokens, spans)  # (kept,)
+        ids = tokens.ids[places]
+        return ids, start_at(self.bench.target, [ids], [places])
 
     def answer_in_place(self, kept: Kept) -> tuple[str, int]:
         """Read only the kept characters, each at its original position.
@@ -188,11 +244,7 @@ class Case:
         Returns:
             The answer, and the number of tokens read.
         """
-        target, tokens = self.bench.target, self.bench.encoder.encode(self.prompt)
-        spans = ((index, *span) for index, own in enumerate(kept) for span in own)
-        places = kept_places(tokens, spans)  # (kept,)
-        ids = tokens.ids[places]
-        start = start_at(target, [ids], [places])
-        said = greedy(target, ids, self.bench.generation.max_new_tokens, start)
+        ids, start = self.start_in_place(kept)
+        said = greedy(self.bench.target, ids, self.bench.generation.max_new_tokens, start)
         text = str(self.bench.tokenizer.decode(said.tolist(), skip_special_tokens=True))
-        return text, places.numel()
+        return text, ids.numel()

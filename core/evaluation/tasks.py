@@ -55,6 +55,7 @@ class Turn:
 class EvalItem:
     """One question with its passages.
 
+    `task` is a generated one, `NATURAL`, or "SET/CONTEXT" for real questions (`realtext`).
     `answers` are all needed (`need="all"`) or alternatives (`need="any"`); so is `evidence`.
     `depth` is the place of the evidence, 0 at the start of the passages, 1 at their end.
     `turns` is the conversation so far; the passages stand behind it. `kind` tells apart questions
@@ -84,6 +85,16 @@ class EvalItem:
             return _conversation(self.turns, [*_blocks(self.passages), text], self.system)
         return Prompt.from_question(self.question, self.passages, system=self.system)
 
+    @property
+    def real(self) -> bool:
+        """Whether people asked it, about what people wrote."""
+        return is_real(self.task)
+
+    @property
+    def reference(self) -> str:
+        """The answer that is read to a target, to ask how likely it finds it."""
+        return ", ".join(self.answers) if self.need == "all" else self.answers[0]
+
     def as_json(self) -> dict[str, Any]:
         """For other programs that shall answer the same items, and for `from_json`."""
         return asdict(self)
@@ -101,6 +112,11 @@ class EvalItem:
             "turns": tuple(Turn(**turn) for turn in row.get("turns", ())),
         }
         return cls(**{**row, **lists})
+
+
+def is_real(task: str) -> bool:
+    """Whether a task's name is that of real questions."""
+    return "/" in task
 
 
 def question_first(

@@ -111,10 +111,16 @@ class Pipeline:
             request.row, request.drafts = self._row(request), self._plan_drafts(request)
         return requests
 
-    def decode(self, requests: Sequence[Request]) -> Iterator[list[str]]:
+    def decode(
+        self, requests: Sequence[Request], start: Start | None = None
+    ) -> Iterator[list[str]]:
         """Read the prompts and generate as one batch; yields each request's new text.
 
         Evicted caches of models with sliding windows cannot be padded: those run one by one.
+
+        Args:
+            requests: Prepared ones.
+            start: What `begin` gave for them, where it was called before.
         """
         evicts = any(request.eviction is not None for request in requests)
         if len(requests) > 1 and evicts and has_sliding_layers(self.pair.target):
@@ -126,7 +132,7 @@ class Pipeline:
         with explain_out_of_memory(_describe(requests), **self.pair.models):
             with until(deadline):
                 speculation = self._speculate(requests)
-            steps = self._steps(requests, speculation)
+            steps = self._steps(requests, speculation, start)
             while True:
                 clock = Clock()
                 with until(deadline), clock(stage):
@@ -199,17 +205,20 @@ class Pipeline:
         return None
 
     def _steps(
-        self, requests: Sequence[Request], speculation: Speculation | None
+        self,
+        requests: Sequence[Request],
+        speculation: Speculation | None,
+        start: Start | None,
     ) -> Iterator[list[str]]:
         """Evict while the prompts are read, if a method asks for it, and decode."""
         ids = [request.ids for request in requests]
         options = [request.generation for request in requests]
         rows = [request.row for request in requests]
-        start = self._start(requests)
-        yield from decode_text(self.pair.target, ids, options, rows, start, speculation)
+        begun = self.begin(requests) if start is None else start
+        yield from decode_text(self.pair.target, ids, options, rows, begun, speculation)
 
-    def _start(self, requests: Sequence[Request]) -> Start | None:
-        """Where decoding begins; None to read the prompts as they are."""
+    def begin(self, requests: Sequence[Request]) -> Start | None:
+        """Where decoding begins, evicted if asked for; None to read the prompts as they are."""
         target, memory = self.pair.target, requests[0].target_memory
         if any(request.eviction is not None for request in requests):
             return start_evictions(self.pair, requests)
