@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -30,7 +31,13 @@ from draftsieve.core.compressor import Compressor
 from draftsieve.core.config import SpecPC
 from draftsieve.core.conversation.compressor import TurnCompressor
 from draftsieve.core.conversation.turns import Turn
-from draftsieve.core.errors import BudgetError, ConfigError, MissingExtraError, PromptError
+from draftsieve.core.errors import (
+    BudgetError,
+    ConfigError,
+    MissingExtraError,
+    PromptError,
+    RequestTimeoutError,
+)
 from draftsieve.integrations.langchain import DraftCompressionMiddleware
 
 from .adapters_fixtures import (
@@ -39,6 +46,8 @@ from .adapters_fixtures import (
     TEXTS,
     counted,
     tiny_compressor,
+    tiny_model,
+    tiny_tokenizer,
 )
 
 CAPACITY = 1200
@@ -391,33 +400,73 @@ def test_recall_of_an_unknown_key_says_so() -> None:
 # -- failures -----------------------------------------------------------------------------------
 
 
-def broken(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The draft's pass fails, as it does when memory runs out."""
+def broken() -> Compressor:
+    """A draft whose pass fails, as it does when memory runs out."""
 
-    def fail(*_: Any, **__: Any) -> Any:
+    def fail(*_: Any) -> None:
         raise MemoryError("no memory")
 
-    monkeypatch.setattr(Compressor, "read", fail)
+    model = tiny_model(32, seed=1)
+    model.model.layers[0].register_forward_pre_hook(fail)
+    return Compressor(model, tiny_tokenizer())
 
 
-def test_a_failure_sends_the_originals_where_they_fit(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    broken(monkeypatch)
-    given = talk(3)
-    assert sent_by(middleware(), given) == given
-    assert sent_by(middleware(max_input_tokens=5000), given) == given
-    assert any(record.levelname == "WARNING" for record in caplog.records)
+def test_a_failure_sends_the_originals_where_they_fit(caplog: pytest.LogCaptureFixture) -> None:
+    given, draft = talk(3), broken()
+    assert sent_by(middleware(compressor=draft), given) == given
+    assert sent_by(middleware(compressor=draft, max_input_tokens=5000), given) == given
+    assert len(warnings_of(caplog)) == 2
 
 
-def test_a_failure_raises_where_the_originals_exceed_the_models_limit(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    broken(monkeypatch)
+def test_a_failure_raises_where_the_originals_exceed_the_models_limit() -> None:
     with pytest.raises(BudgetError, match="reads at most 1000"):
-        sent_by(middleware(max_input_tokens=1000), talk(3))
+        sent_by(middleware(compressor=broken(), max_input_tokens=1000), talk(3))
     with pytest.raises(MemoryError, match="Out of memory"):
-        sent_by(middleware(on_error="raise"), talk(3))
+        sent_by(middleware(compressor=broken(), on_error="raise"), talk(3))
+
+
+def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """Lines of the log at WARNING; none of them carries a traceback."""
+    found = [r for r in caplog.records if r.levelname == "WARNING"]
+    assert not any(record.exc_info for record in found)
+    caplog.clear()
+    return [record.getMessage() for record in found]
+
+
+@pytest.mark.parametrize("stable", [False, True])
+def test_a_budget_that_is_too_small_is_met_as_far_as_possible(
+    stable: bool, reads: Reads, caplog: pytest.LogCaptureFixture
+) -> None:
+    prompt, given = "Be short. " * 50, talk(4)
+    method = SpecPC(capacity=300, unit="sentence")
+    used = middleware(method=method, stable_prefix=stable)
+    sent = sent_by(used, given, system_prompt=prompt)
+    (told,) = warnings_of(caplog)
+    enough = int(re.findall("a capacity of ([0-9]+) would do", told)[0])
+    assert 300 < size(sent, prompt) <= enough < size(given, prompt) / 2
+    assert [type(m) for m in sent] == [type(m) for m in given]
+    assert sent[2] == given[2]  # the request
+    kept = [m for m in sent if any("spans" in k for k in m.response_metadata.get("draftsieve", []))]
+    assert any(k["spans"] for m in kept for k in m.response_metadata["draftsieve"])
+    count = len(reads.calls)
+    assert sent_by(used, given, system_prompt=prompt) == sent
+    assert len(reads.calls) == count  # and nothing is read again for it
+    more = sent_by(used, talk(5), system_prompt=prompt)
+    assert len(reads.calls) == count + 1
+    assert [m.text for m in more[: len(sent)]] == [m.text for m in sent]
+    assert len(warnings_of(caplog)) == 2
+    roomy = middleware(method=SpecPC(capacity=enough, unit="sentence"), stable_prefix=stable)
+    assert size(sent_by(roomy, given, system_prompt=prompt), prompt) <= enough
+    assert warnings_of(caplog) == []
+
+
+def test_a_model_that_reads_little_gets_what_it_can_read(caplog: pytest.LogCaptureFixture) -> None:
+    prompt, given = "Be short. " * 50, talk(4)
+    whole = middleware(method=SpecPC(capacity=100), max_input_tokens=5000)
+    limit = size(sent_by(whole, given, system_prompt=prompt), prompt) - 60
+    tight = middleware(method=SpecPC(capacity=100), max_input_tokens=limit)
+    assert size(sent_by(tight, given, system_prompt=prompt), prompt) <= limit
+    assert len(warnings_of(caplog)) == 2
 
 
 def test_what_cannot_fit_raises() -> None:
@@ -429,6 +478,27 @@ def test_what_cannot_fit_raises() -> None:
     given = [*[AIMessage(LONG)] * 5, AIMessage("Hm."), AIMessage("Ah.")]
     with pytest.raises(PromptError, match="question is empty"):
         sent_by(middleware(on_error="raise"), given)
+
+
+def test_a_request_out_of_time_sends_the_originals_or_raises(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    assert sent_by(middleware(timeout=1e-9), talk(3)) == talk(3)
+    assert "timeout" in warnings_of(caplog)[0]
+    with pytest.raises(RequestTimeoutError):
+        sent_by(middleware(timeout=1e-9, on_error="raise"), talk(3))
+    with pytest.raises(ConfigError, match="timeout"):
+        middleware(timeout=0)
+
+
+def test_no_method_keeps_whole_sentences_within_4096_tokens() -> None:
+    used = DraftCompressionMiddleware(compressor=tiny_compressor())
+    given = talk(20)
+    sent = sent_by(used, given)
+    assert size(given, "Be short.") > 4096 >= size(sent, "Be short.")
+    shortened = [m for m in sent if "draftsieve" in m.response_metadata]
+    for message in shortened:
+        assert all(part.rstrip().endswith(".") for part in message.text.split(" … ") if part)
 
 
 def test_wrong_options_fail_at_construction() -> None:

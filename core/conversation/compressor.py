@@ -8,11 +8,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from functools import lru_cache
+from math import ceil
 
 from ..compressor import Compressor
 from ..config import OnError, SpecPC
 from ..errors import BudgetError, ConfigError
 from ..prompt.messages import DEFAULT_SYSTEM, Prompt
+from ..runtime.limits import deadline_after, until
 from .memory import TurnMemory
 from .turns import ShortTurn, ShortTurns, Spans, Turn, total, with_note
 
@@ -76,6 +78,7 @@ class TurnCompressor:
         *,
         limit: int | None = None,
         on_error: OnError = "raise",
+        timeout: float | None = None,
     ) -> ShortTurns:
         """Fit a conversation into the capacity.
 
@@ -83,22 +86,26 @@ class TurnCompressor:
             question: The latest request; texts are kept as far as they matter to it.
             turns: Everything that is sent, in order; also what only counts (tool schemas).
             limit: Most tokens that the model reads; None if unknown. Bounds the capacity.
-            on_error: "raise", or "original" to get the originals where shortening fails and they
-                are within `limit`, with a logged warning and the reason in `fallback`.
+            on_error: "raise", or "original": where what must stay exceeds the capacity, the other
+                texts are shortened to a tenth, with a logged warning that says which capacity
+                would do; and where shortening fails, the originals come back if they are within
+                `limit`, with a logged warning and the reason in `fallback`.
+            timeout: Seconds after which shortening fails; None for no limit.
 
         Returns:
             One text for each turn. Where all fits, those are the originals, but for texts that
             were shortened before.
 
         Raises:
-            BudgetError: What must stay exceeds the capacity; or shortening failed, for whatever
-                reason, and the originals exceed `limit`.
+            BudgetError: What must stay exceeds the capacity, or even `limit`; or shortening
+                failed, for whatever reason, and the originals exceed `limit`.
             PromptError: The question is empty, and something has to be shortened.
         """
         whole = [self._whole(turn) for turn in turns]
         size = sum(turn.tokens for turn in whole)
         try:
-            return self._compress(question, turns, whole, size, limit)
+            with until(deadline_after(timeout)):
+                return self._compress(question, turns, whole, size, limit, on_error)
         except Exception as error:
             if on_error == "raise":
                 raise
@@ -107,7 +114,8 @@ class TurnCompressor:
                     f"The conversation has {size} tokens, the model reads at most {limit}, and "
                     f"shortening it failed: {error}"
                 ) from error
-            logger.warning("Shortening failed, all turns stay whole: %s", error, exc_info=True)
+            logger.warning("Shortening failed, all turns stay whole: %s", error)
+            logger.debug("The failure in full:", exc_info=error)
             return ShortTurns(tuple(whole), size, size, fallback=f"{type(error).__name__}: {error}")
 
     async def acompress(
@@ -117,10 +125,11 @@ class TurnCompressor:
         *,
         limit: int | None = None,
         on_error: OnError = "raise",
+        timeout: float | None = None,
     ) -> ShortTurns:
         """`compress` in the compressor's worker thread; the event loop stays free."""
         return await self._compressor.worker.run(
-            self.compress, question, turns, limit=limit, on_error=on_error
+            self.compress, question, turns, limit=limit, on_error=on_error, timeout=timeout
         )
 
     def _compress(
@@ -130,6 +139,7 @@ class TurnCompressor:
         whole: Sequence[ShortTurn],
         size: int,
         limit: int | None,
+        on_error: OnError,
     ) -> ShortTurns:
         capacity = self.capacity if limit is None else min(limit, self.capacity)
         loose = [
@@ -142,7 +152,11 @@ class TurnCompressor:
         sent = [known.get(index, full) for index, full in enumerate(whole)]
         group: list[int] = []
         if total(sent) > capacity:
-            group, room = self._give_way(turns, whole, sent, list(known), loose, capacity)
+            seen = list(known)
+            found = self._give_way(turns, whole, sent, seen, loose, capacity)
+            if found is None:
+                found = self._too_small(turns, whole, sent, seen, loose, capacity, limit, on_error)
+            group, room = found
             for index, short in zip(
                 group, self._shorten(question, turns, whole, group, room), strict=True
             ):
@@ -160,8 +174,8 @@ class TurnCompressor:
         known: Sequence[int],
         loose: Sequence[int],
         capacity: int,
-    ) -> tuple[list[int], int]:
-        """Which texts are compressed, and the tokens they get together.
+    ) -> tuple[list[int], int] | None:
+        """Which texts are compressed, and the tokens they get together; None if there are none.
 
         New texts first, so that each is compressed once; then the order depends on what is worth
         more, a stable prefix or whole newest results; at last everything that may be shortened.
@@ -169,22 +183,54 @@ class TurnCompressor:
         """
         old = [i for i in loose if turns[i].keep == "never"]
         new, new_old = ([i for i in group if i not in known] for group in (loose, old))
-        everything = list(loose)
         order = (new_old, new, old) if self._stable else (new_old, old, new)
-        for group in (*order, everything):
+        for group in (*order, list(loose)):
             for budget in (round(capacity * self._fill), capacity):
                 room = self._room(turns, sent, group, budget)
-                if group and room >= _LEAST * sum(whole[i].tokens for i in group):
+                if group and room >= self._tenth(whole, group):
                     return group, room
         room = self._room(turns, sent, loose, capacity)
-        if not loose or room < 1:
-            stays = total(sent) - sum(sent[i].tokens for i in loose)
-            raise BudgetError(
-                f"The budget is {capacity} tokens, but what must stay (system text, tools, newest "
-                f"turns) takes {stays}, and {len(loose)} other texts need some too. Raise the "
-                "capacity, or keep fewer turns."
-            )
-        return everything, room
+        return (list(loose), room) if loose and room >= 1 else None
+
+    def _too_small(
+        self,
+        turns: Sequence[Turn],
+        whole: Sequence[ShortTurn],
+        sent: Sequence[ShortTurn],
+        known: Sequence[int],
+        loose: Sequence[int],
+        capacity: int,
+        limit: int | None,
+        on_error: OnError,
+    ) -> tuple[list[int], int]:
+        """`_give_way` where what must stay fills the budget: a tenth of the rest, if that may be.
+
+        Raises:
+            BudgetError: It may not, or what must stay exceeds even the model's limit.
+        """
+        stays = total(sent) - sum(sent[i].tokens for i in loose)
+        least = capacity - self._room(turns, sent, loose, capacity)
+        enough = least + self._tenth(whole, loose)
+        told = (
+            f"The budget is {capacity} tokens, but what must stay (system text, tools, newest "
+            f"turns) takes {stays}, beside {len(loose)} texts that can be shortened: a capacity "
+            f"of {enough} would do; or keep fewer turns."
+        )
+        most = enough if limit is None else min(limit, enough)
+        if on_error == "raise" or most < least:
+            raise BudgetError(told)
+        logger.warning("%s Until then those texts are shortened to a tenth.", told)
+        if total(sent) <= most:  # they already are
+            return [], 0
+        new, tenth = [i for i in loose if i not in known], self._tenth(whole, loose)
+        if new and self._room(turns, sent, new, most) >= self._tenth(whole, new):
+            return new, self._tenth(whole, new)
+        return list(loose), min(tenth, self._room(turns, sent, loose, most))
+
+    @staticmethod
+    def _tenth(whole: Sequence[ShortTurn], group: Sequence[int]) -> int:
+        """The least that a group's texts should keep, in tokens."""
+        return ceil(_LEAST * sum(whole[i].tokens for i in group))
 
     def _room(
         self, turns: Sequence[Turn], sent: Sequence[ShortTurn], group: Sequence[int], budget: int
@@ -203,6 +249,8 @@ class TurnCompressor:
         room: int,
     ) -> list[ShortTurn]:
         """One compression of a group's texts into `room` tokens."""
+        if room < 1:
+            return [self._short(turns[i], whole[i], "", ()) for i in group]
         texts = [turns[i].text for i in group]
         prompt = Prompt.from_question(question, texts, system=self._system)
         fixed = len(self._compressor.encoder.encode(prompt.with_texts([""] * len(texts))))

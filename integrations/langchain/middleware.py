@@ -12,11 +12,12 @@ from langchain_core.utils.function_calling import convert_to_openai_tool
 from pydantic import TypeAdapter
 
 from ...core.compressor import Compressor
-from ...core.config import OnError, Quantization, SpecPC
+from ...core.config import NEWEST_PRESET, OnError, Quantization, SpecPC
 from ...core.conversation.compressor import TurnCompressor
 from ...core.conversation.turns import Keep, Turn
 from ...core.prompt.messages import DEFAULT_SYSTEM
 from ...retrievers.extras import require
+from ...retrievers.options import DraftOptions
 from .turns import RECALL, Piece, key_of, message_pieces, shortened, texts
 
 require("langchain.agents", "agents", "DraftCompressionMiddleware")
@@ -53,7 +54,12 @@ class DraftCompressionMiddleware(AgentMiddleware[AgentState[Any], Any, Any]):
         model: "builtin:draft", a folder or a hub id of the draft.
         compressor: A loaded compressor, instead of `model`.
         method: How texts are read and cut. `capacity` is the most draft tokens of a request; a
-            model whose profile states less has less.
+            model whose profile states less has less. A ratio is refused. None keeps whole
+            sentences within 4096 tokens.
+        timeout: Seconds after which shortening a request fails; None for no limit.
+        on_error: "original" logs a warning and goes on: where what must stay exceeds the capacity,
+            with the other texts at a tenth; where shortening fails, with the originals if they
+            are within the model's limit. "raise" raises.
         keep: Newest human and AI messages that are never shortened. Tool results among them are
             shortened only where the older ones cannot make the room.
         fill: Share of the capacity that a compression aims at, the rest being for what comes.
@@ -66,8 +72,6 @@ class DraftCompressionMiddleware(AgentMiddleware[AgentState[Any], Any, Any]):
         max_input_tokens: Most tokens that the model reads, as the draft counts them; None for
             what its profile says.
         system: The system text that the draft reads; None for none.
-        on_error: "original" sends the originals when shortening fails and they are within the
-            model's limit, and logs a warning; "raise" raises.
         quantization: Weights in 4 or 8 bits.
         device: "auto", "cpu", "cuda", ...
         dtype: "auto", "float32", "bfloat16", ...
@@ -77,7 +81,8 @@ class DraftCompressionMiddleware(AgentMiddleware[AgentState[Any], Any, Any]):
 
     Raises:
         ModelNotFoundError: There is no such model.
-        ConfigError: `method` has a ratio instead of a capacity, or `fill` is not in (0, 1].
+        ConfigError: `method` has a ratio instead of a capacity, `fill` is not in (0, 1], or
+            another option is invalid.
     """
 
     def __init__(
@@ -85,7 +90,9 @@ class DraftCompressionMiddleware(AgentMiddleware[AgentState[Any], Any, Any]):
         model: str = "builtin:draft",
         *,
         compressor: Compressor | None = None,
-        method: SpecPC = SpecPC.preset("2026-11", capacity=4096),  # noqa: B008
+        method: SpecPC | None = None,
+        timeout: float | None = None,
+        on_error: OnError = "original",
         keep: int = 2,
         fill: float = 0.7,
         min_tokens: int = 64,
@@ -94,7 +101,6 @@ class DraftCompressionMiddleware(AgentMiddleware[AgentState[Any], Any, Any]):
         recall: bool = False,
         max_input_tokens: int | None = None,
         system: str | None = DEFAULT_SYSTEM,
-        on_error: OnError = "original",
         quantization: Quantization | None = None,
         device: str = "auto",
         dtype: str = "auto",
@@ -103,8 +109,12 @@ class DraftCompressionMiddleware(AgentMiddleware[AgentState[Any], Any, Any]):
         progress: bool = False,
     ) -> None:
         super().__init__()
-        self.compressor = compressor or Compressor.load(
-            model,
+        draft = DraftOptions(
+            model=model,
+            compressor=compressor,
+            timeout=timeout,
+            on_error=on_error,
+            system=system,
             quantization=quantization,
             device=device,
             dtype=dtype,
@@ -112,16 +122,17 @@ class DraftCompressionMiddleware(AgentMiddleware[AgentState[Any], Any, Any]):
             trust_remote_code=trust_remote_code,
             progress=progress,
         )
+        self.compressor, self.timeout, self.on_error = draft.loaded, timeout, draft.on_error
         self.turns = TurnCompressor(
             self.compressor,
-            method,
+            method or SpecPC.preset(NEWEST_PRESET, capacity=4096),
             fill=fill,
             min_tokens=min_tokens,
             stable_prefix=stable_prefix,
             system=system,
         )
         self.keep, self.exclude_tools = keep, frozenset(exclude_tools)
-        self.max_input_tokens, self.on_error = max_input_tokens, on_error
+        self.max_input_tokens = max_input_tokens
         self.tools: list[BaseTool] = [_recall] if recall else []
 
     def wrap_model_call(
@@ -139,7 +150,8 @@ class DraftCompressionMiddleware(AgentMiddleware[AgentState[Any], Any, Any]):
             The model's response.
 
         Raises:
-            BudgetError: Shortening failed and the originals exceed the model's limit.
+            BudgetError: Shortening failed and the originals exceed the model's limit, or what must
+                stay exceeds it.
             DraftSieveError: Shortening failed and `on_error` is "raise".
         """
         pieces, options = self._pieces(request), self._options(request)
@@ -163,7 +175,7 @@ class DraftCompressionMiddleware(AgentMiddleware[AgentState[Any], Any, Any]):
     def _options(self, request: ModelRequest[Any]) -> dict[str, Any]:
         profile = request.model.profile or {}
         limit = self.max_input_tokens or profile.get("max_input_tokens")
-        return {"limit": limit, "on_error": self.on_error}
+        return {"limit": limit, "on_error": self.on_error, "timeout": self.timeout}
 
     def _pieces(self, request: ModelRequest[Any]) -> list[Piece]:
         """Every text of a request: system prompt and schemas, then the messages'."""
