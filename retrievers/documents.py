@@ -173,8 +173,9 @@ def _paragraphs(records: Iterable[Iterable[tuple[str, str]]]) -> str:
     return "\n\n".join(row for row in rows if row)
 
 
+PROSE = (".txt", ".md", ".markdown", ".rst")
 READERS: Mapping[str, Callable[[Path], Document]] = {
-    **dict.fromkeys((".txt", ".md", ".markdown", ".rst"), _prose),
+    **dict.fromkeys(PROSE, _prose),
     **dict.fromkeys((".html", ".htm"), _web_page),
     **dict.fromkeys((".csv", ".tsv"), _table),
     **dict.fromkeys((".json", ".jsonl"), _json),

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,8 +18,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from draftsieve import __version__
-from draftsieve.core.errors import ModelNotFoundError
-from draftsieve.integrations.cli import entry as cli
+from draftsieve.core.config import DEFAULT_METHOD, Method, SpecKV, SpecKVPC, SpecPC
+from draftsieve.core.errors import ConfigError, ModelNotFoundError
+from draftsieve.integrations import cli
+from draftsieve.integrations.cli.entry import BROKEN_PIPE, INTERRUPTED
+from draftsieve.integrations.cli.method import read_method
+from draftsieve.integrations.cli.parser import build_parser
+from draftsieve.integrations.cli.render import printable
 from examples import demo
 
 ROOT = Path(__file__).parents[1]
@@ -139,17 +146,20 @@ def test_ask_without_compression_needs_no_draft(
     assert "spans" not in result["sources"][0]
 
 
-@pytest.mark.parametrize("method", ["speckv", "speckv-pc"])
+@pytest.mark.parametrize("name", ["speckv", "speckv-pc"])
 def test_the_cache_can_be_evicted(
-    method: str, ask: list[str], capsys: pytest.CaptureFixture[str]
+    name: str, ask: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    result = run_json([*ask, "--method", method], capsys)
+    result = run_json([*ask, "--method", name], capsys)
     usage = result["usage"]
     assert usage["cache_entries"] < usage["prompt_tokens"]
     assert result["lookahead"]
-    assert (result["compression"] is not None) == (method == "speckv-pc")
-    assert cli.main([*ask, "--method", method]) == 0
-    assert "cache entries a head" in capsys.readouterr().out
+    assert (result["compression"] is not None) == (name == "speckv-pc")
+    assert usage["cache_bytes"] > 0
+    assert cli.main([*ask, "--method", name]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"cache entries a head: \d+ → \d+ \(\d+% saved\), in all [\d.]+ kB", out)
+    assert f"the draft guessed: {result['lookahead']}"[:20] in out
 
 
 def test_a_terminal_gets_the_same_answer_streamed_and_highlights(
@@ -158,7 +168,7 @@ def test_a_terminal_gets_the_same_answer_streamed_and_highlights(
     expected = run_json(ask, capsys)
     assert cli.main(ask) == 0
     out = capsys.readouterr().out
-    assert out.startswith(cli.printable(expected["answer"]))
+    assert out.startswith(printable(expected["answer"]))
     assert "\x1b[2m" in out  # dropped text is dim
     assert "\x1b[" in out.split("ferry.md#1")[1]
     plain = " ".join(re.sub(r"\x1b\[[0-9;]*m", "", out).split())
@@ -198,7 +208,66 @@ def test_ask_writes_the_page(ask: list[str], tmp_path: Path) -> None:
     assert "bakery.md#1" in text
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ("--capacity 2000", "nothing was left out: the capacity of 2000 holds the prompt of"),
+        ("--ratio 0.4 --set min_tokens=900", "nothing was left out: min_tokens is 900"),
+        ("--method speckv --capacity 2000", "nothing was evicted: the capacity of 2000 entries"),
+    ],
+)
+def test_ask_says_why_nothing_was_saved(
+    options: str, words: str, ask: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    without_ratio = [a for a in ask if a not in ("--ratio", "0.4")]
+    assert cli.main([*without_ratio, *options.split()]) == 0
+    out = capsys.readouterr().out
+    assert words in out
+    assert "Tickets are sold" not in out  # whole passages only on request
+    assert cli.main([*without_ratio, *options.split(), "--verbose"]) == 0
+    assert "Tickets are sold" in capsys.readouterr().out
+
+
+def test_the_system_text_reaches_the_prompt(
+    ask: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = [
+        run_json([*ask, "--system", text], capsys)["usage"]["original_prompt_tokens"]
+        for text in ("", "Answer.", "Answer with as many words as you can think of.")
+    ]
+    assert sizes == sorted(set(sizes))
+
+
+def test_files_that_are_not_read_are_named(
+    ask: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "ferry.md").write_text(FERRY, encoding="utf-8")
+    for number in range(4):
+        (tmp_path / f"{number}.docx").write_bytes(b"PK")
+    expected = "draftsieve: 4 .docx files not read: there is no reader for this kind: 0.docx, 1"
+    assert cli.main([*ask, "--docs", str(tmp_path)]) == 0
+    err = capsys.readouterr().err
+    assert err.startswith(expected)
+    assert err.count("\n") == 1
+    assert cli.main([*ask, "--docs", str(tmp_path), "-v"]) == 0
+    assert "draftsieve: Not read: 3.docx (" in capsys.readouterr().err
+
+
 # ---------------------------------------------------------------- compress
+
+
+def test_compress_leaves_a_file_that_fits_its_line_breaks(
+    compress: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = "The ferry to Holm leaves at seven in the morning and\ncarries cars. It is cheap.\n"
+    path = tmp_path / "notes.txt"
+    path.write_text(text, encoding="utf-8")
+    assert cli.main([*compress, "--file", str(path), "--capacity", "900"]) == 0
+    out, err = capsys.readouterr()
+    assert out == text
+    assert "nothing was left out: the capacity of 900" in err
+    assert cli.main([*compress, "--file", str(path), "--ratio", "0.7"]) == 0
+    assert "in the morning and carries cars." in capsys.readouterr().out
 
 
 def test_compress_puts_text_on_stdout_and_statistics_on_stderr(
@@ -225,7 +294,7 @@ def test_compress_units_stay_whole(
 ) -> None:
     path = tmp_path / "ferry.md"
     path.write_text(FERRY, encoding="utf-8")
-    options = ["--file", str(path), "--ratio", "0.5", "--unit", "sentence"]
+    options = ["--file", str(path), "--ratio", "0.5", "--set", "unit=sentence"]
     result = run_json([*compress, *options], capsys)
     pieces = [s["text"][k["start"] : k["end"]] for s in result["sources"] for k in s["spans"]]
     assert pieces
@@ -248,7 +317,7 @@ def test_a_closed_pipe_ends_quietly(compress: list[str], docs: Path) -> None:
         done = run_process([*compress, "--docs", str(docs), "--json"], b"", stdout=writer)
     finally:
         os.close(writer)
-    assert done.returncode == cli.BROKEN_PIPE
+    assert done.returncode == BROKEN_PIPE
     assert done.stderr == b""
 
 
@@ -272,7 +341,6 @@ def run_process(
     ("source", "words"),
     [
         (["--docs", "no/such/folder"], "no/such/folder"),
-        (["--file", "no/such/file"], "no/such/file"),
         (["--file", os.devnull], "holds no text"),
         (["--capacity", "1", "--file", __file__], "capacity"),
     ],
@@ -291,9 +359,9 @@ def test_errors_are_one_line_and_status_1(
 def test_a_missing_model_is_named_and_debug_shows_where(
     docs: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ["compress", QUESTION, "--docs", str(docs), "--draft", "./no-model"]
+    arguments = ["compress", QUESTION, "--docs", str(docs), "--draft", "no-such/model"]
     assert cli.main(arguments) == 1
-    assert "./no-model" in capsys.readouterr().err
+    assert "no-such/model" in capsys.readouterr().err
     with pytest.raises(ModelNotFoundError):
         cli.main([*arguments, "--debug"])
 
@@ -314,24 +382,86 @@ def test_a_file_that_is_not_text_is_an_error(
 
 
 @pytest.mark.parametrize(
-    "arguments",
+    ("arguments", "words"),
     [
-        [],
-        ["ask", "q"],
-        ["compress", "q"],
-        ["compress", "q", "--file", "a", "--docs", "b"],
-        ["compress", "q", "--file", "a", "--capacity", "5", "--ratio", "0.5"],
-        ["compress", "q", "--file", "a", "--capacity", "0"],
-        ["compress", "q", "--file", "a", "--ratio", "1.5"],
-        ["compress", "q", "--file", "a", "--ratio", "nan"],
-        ["compress", "q", "--file", "a", "--bits", "5"],
+        ("", "COMMAND"),
+        ("ask q", "--docs"),
+        ("compress q", "--file"),
+        ("compress q --file {file} --docs b", "not allowed with"),
+        ("ask ' ' --docs .", "QUESTION: it is empty"),
+        ("compress q --file no/such/file", "there is no file 'no/such/file'"),
+        ("compress q --file {file} --capacity 5 --ratio 0.5", "not allowed with"),
+        ("compress q --file {file} --capacity 0", "--capacity: '0' is no whole number from 1"),
+        ("compress q --file {file} --ratio abc", "--ratio: 'abc' is no number in (0, 1]"),
+        ("compress q --file {file} --ratio 1.5", "--ratio: '1.5'"),
+        ("compress q --file {file} --ratio nan", "--ratio: 'nan'"),
+        ("compress q --file {file} --bits 5", "--bits"),
+        ("ask q --docs . --html no/such/page.html", "there is no folder 'no/such'"),
+        ("ask q --docs . --html {folder}", "is a folder: give a file"),
+        ("ask q --docs . --target ./no-model", "'./no-model' does not exist"),
+        ("ask q --docs . --draft builtin:large", "There is no bundled model 'builtin:large'"),
+        ("ask q --docs . --draft-store no.safetensors", "there is no file"),
+        ("ask q --docs . --set lexical_wieght=1", "Did you mean lexical_weight"),
+        ("drafts build --docs . --out store.txt", "'store.txt' must end with .safetensors"),
+        ("eval --data no.json", "there is no file 'no.json'"),
+        ("calibrate --out no/such/heads.json", "there is no folder"),
     ],
 )
-def test_wrong_usage_is_status_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as ended:
-        cli.main(arguments)
-    assert ended.value.code == 2
-    assert "usage: draftsieve" in capsys.readouterr().err
+def test_wrong_usage_is_status_2_and_says_what_is_wrong(
+    arguments: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    named = arguments.format(file=__file__, folder=tmp_path)
+    try:
+        status: object = cli.main(shlex.split(named))
+    except SystemExit as ended:
+        status = ended.code
+    out, err = capsys.readouterr()
+    assert status == 2
+    assert out == ""
+    assert words in err
+
+
+def test_mistakes_are_told_without_torch(docs: Path) -> None:
+    mistakes = [
+        ["ask", " ", "--docs", str(docs)],
+        ["ask", "q", "--docs", "no/such/folder"],
+        ["ask", "xylophone", "--docs", str(docs)],
+        ["ask", "q", "--docs", str(docs), "--html", "no/such/page.html"],
+        ["ask", "q", "--docs", str(docs), "--target", "./no-model"],
+        ["ask", "q", "--docs", str(docs), "--set", "unit=line"],
+        ["compress", "q", "--file", os.devnull],
+        ["compress", "q", "--file", str(docs / "ferry.md"), "--set", "capacity=x"],
+        ["drafts", "build", "--docs", "no/such/folder", "--out", "x.safetensors"],
+        ["ask", "--help"],
+        ["ask", "--help-options"],
+    ]
+    code = (
+        "import contextlib, json, sys\n"
+        "from draftsieve.integrations.cli import main\n"
+        "for arguments in json.load(sys.stdin):\n"
+        "    with contextlib.suppress(SystemExit):\n"
+        "        assert main(arguments) in (1, 2), arguments\n"
+        "    assert 'torch' not in sys.modules, arguments\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        input=json.dumps(mistakes).encode(),
+        capture_output=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr.decode()
+
+
+@pytest.mark.parametrize(
+    ("option", "name"), [("--methods", "foo"), ("--tasks", "foo"), ("--reference", "foo")]
+)
+def test_eval_knows_its_names_before_models_are_loaded(
+    option: str, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    models = ["--target", "no-such/model", "--draft", "no-such/model"]
+    assert cli.main(["eval", *models, option, name]) == 2
+    assert "'foo'" in capsys.readouterr().err
 
 
 def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
@@ -344,27 +474,142 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert "exit status" in capsys.readouterr().out
 
 
-def test_an_interrupt_is_status_130(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def interrupted(arguments: object) -> None:
-        raise KeyboardInterrupt
+def test_an_interrupt_ends_quietly(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    command = [sys.executable, "-m", "draftsieve", "compress", "q", "--file", str(pipe)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE)
+    with process, pipe.open("wb"):  # waits until the command reads
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    assert err == b"draftsieve: interrupted\n"
+    assert process.returncode == INTERRUPTED
 
-    monkeypatch.setattr(cli, "ask", interrupted)
-    assert cli.main(["ask", "q", "--docs", "."]) == 130
-    assert "Traceback" not in capsys.readouterr().err
+
+# ---------------------------------------------------------------- options of methods
+
+
+def method(arguments: str) -> Method | None:
+    return read_method(
+        build_parser().parse_args(["ask", "q", "--docs", ".", *shlex.split(arguments)])
+    )
+
+
+def test_the_default_is_the_librarys_own() -> None:
+    assert method("") == DEFAULT_METHOD
+    assert method("--method none --ratio 0.2") is None
+
+
+def test_a_ratio_is_what_is_left_in_the_end() -> None:
+    assert method("--ratio 0.2") == SpecPC.preset("2026-11", ratio=0.2)
+    assert method("--method speckv --ratio 0.2") == SpecKV(ratio=0.2)
+    for share in (0.125, 0.3, 0.5, 0.8, 1.0):
+        both = method(f"--method speckv-pc --ratio {share}")
+        assert isinstance(both, SpecKVPC)
+        assert both.specpc.ratio == min(1.0, 2 * share)
+        assert both.specpc.ratio * (both.speckv.ratio or 0) == pytest.approx(share)
+        assert both.specpc.unit == "sentence"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ("--capacity 700", SpecPC.preset("2026-11", capacity=700)),
+        ("--preset paper", SpecPC(ratio=DEFAULT_METHOD.ratio)),
+        ("--preset paper --set capacity=9 --set pool=none", SpecPC(capacity=9, pool=None)),
+        (
+            "--set lexical_weight=0.5 --set weighted_query=false --set 'gap_marker= / '",
+            SpecPC.preset(
+                "2026-11", ratio=0.35, lexical_weight=0.5, weighted_query=False, gap_marker=" / "
+            ),
+        ),
+        ("--set specpc.unit=word --ratio 0.5", SpecPC.preset("2026-11", ratio=0.5, unit="word")),
+        ("--method speckv --capacity 64", SpecKV(capacity=64)),
+        (
+            "--method speckv --set scorer=snapkv --set seed=3",
+            SpecKV(ratio=0.35, scorer="snapkv", seed=3),
+        ),
+        (
+            "--method speckv-pc --set specpc.capacity=2000 --set speckv.capacity=512"
+            " --set head_budgets=adaptive --set lookahead_tokens=4 --preset paper",
+            None,
+        ),
+        (
+            "--method speckv-pc --set specpc.capacity=2000 --set speckv.capacity=512"
+            " --set head_budgets=adaptive --set specpc.lookahead_tokens=4 --preset paper",
+            SpecKVPC(
+                specpc=SpecPC(capacity=2000, lookahead_tokens=4),
+                speckv=SpecKV(capacity=512, head_budgets="adaptive"),
+            ),
+        ),
+        (
+            "--method speckv-pc --ratio 0.2 --set specpc.ratio=0.8",
+            SpecKVPC(specpc=SpecPC.preset("2026-11", ratio=0.8), speckv=SpecKV(ratio=0.25)),
+        ),
+    ],
+)
+def test_every_option_can_be_set(arguments: str, expected: Method | None) -> None:
+    if expected is None:
+        with pytest.raises(ConfigError, match=r"say specpc\.lookahead_tokens or speckv\."):
+            method(arguments)
+    else:
+        assert method(arguments) == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("--set lexical_wieght=1", "Did you mean lexical_weight.*There are: capacity, ratio"),
+        ("--set speckv.pool=max", "there is no such option"),
+        ("--method speckv --set unit=word", "there is no such option"),
+        ("--set lexical_weight=2", "lexical_weight=2: input should be less than or equal to 1"),
+        ("--set kernel_size=many", "kernel_size=many: input should be a valid integer"),
+        ("--set unit=line", "'token', 'word', 'sentence' or 'passage'"),
+        ("--set unit", "say NAME=VALUE"),
+        ("--preset 2020-01", "no preset '2020-01'"),
+        ("--method speckv --preset 2026-11", "only SpecPC has presets"),
+        ("--set capacity=5 --set ratio=0.5", "exclude each other"),
+        ("--method speckv --set kernel_size=4", "must be odd"),
+        ("--method speckv-pc --capacity 512", "give both"),
+        ("--method speckv-pc --set specpc.capacity=512", "give both"),
+        ("--method speckv-pc --set positions=keep", "belongs to SpecPC alone"),
+    ],
+)
+def test_wrong_options_name_what_is_wrong(arguments: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        method(arguments)
+
+
+def test_the_listed_options_are_all_there_is_and_their_defaults_can_be_set(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["ask", "--help-options"])
+    assert ended.value.code == 0
+    specpc, speckv = capsys.readouterr().out.split("\n\nSpecKV")
+    for kind, name, text in ((SpecPC, "specpc", specpc), (SpecKV, "speckv", speckv)):
+        shown = re.findall(r"^  (\w+)=(\".*?\"|\S+)(?:  \(.*)?\n      \S", text, re.M)
+        assert [option for option, _ in shown] == list(kind.model_fields)
+        line = [f"--set={name}.{option}={shlex.split(value)[0]}" for option, value in shown]
+        own = ["--preset=paper"] if name == "specpc" else []
+        assert method(shlex.join(["--method", name, *own, *line])) == method(f"--method {name}")
 
 
 # ---------------------------------------------------------------- the bundled pair
 
 
+@pytest.mark.parametrize("options", ["", "--method speckv", "--method speckv-pc", "--method none"])
 def test_the_bundled_pair_answers_from_a_folder(
-    docs: Path, capsys: pytest.CaptureFixture[str]
+    options: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ["ask", QUESTION, "--docs", str(docs), "--ratio", "0.6", "--no-progress"]
-    result = run_json(arguments, capsys)
-    assert result["answer"].strip()
-    assert result["compression"]["compressed"]
+    handbook = str(ROOT / "examples" / "data" / "handbook")
+    question = "Who is the director of Deteth Motors?"
+    assert cli.main(["ask", question, "--docs", handbook, *options.split()]) == 0
+    out, err = capsys.readouterr()
+    assert out.splitlines()[0] == "Nurtuwick Maley"
+    assert ("saved" in out) == (options != "--method none")
+    assert "demonstration" in err
+    assert err.count("\n") == 1
 
 
 def test_the_demo_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -582,7 +582,7 @@ def test_the_command_measures_and_prints(
     assert cli.main(["eval", *options, *data, "--out", str(tmp_path / "own")]) == 0
     assert "## Natural text, 300 tokens" in capsys.readouterr().out
 
-    assert cli.main(["eval", *options, "--seed", "3", "--out", str(tmp_path / "out")]) == 1
+    assert cli.main(["eval", *options, "--seed", "3", "--out", str(tmp_path / "out")]) == 2
     assert "holds the results of another run" in capsys.readouterr().err
     assert cli.main(["eval", "--list"]) == 0
     listed = capsys.readouterr().out.split()

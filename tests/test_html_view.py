@@ -95,6 +95,15 @@ def test_figures_stand_in_the_header() -> None:
     assert "1.250 s" in page
 
 
+def test_an_evicted_cache_is_shown_with_the_drafts_guess() -> None:
+    usage = Usage(40, 40, 3, cache_entries=10)
+    answer = Answer("five", (), usage, {}, "stop", lookahead="<four>", cache_bytes=1_234_567)
+    page = render_html("Why?", answer, None, PASSAGES)
+    assert "40 → 10 (75% saved)" in page
+    assert "1.23 MB" in page
+    assert "The draft guessed:</b> &lt;four&gt;" in page
+
+
 def test_a_fallback_is_told() -> None:
     page = render_html("Why?", None, context(PASSAGES, SPANS, "it <broke>"), PASSAGES)
     assert "Not compressed: it &lt;broke&gt;" in page

@@ -79,6 +79,14 @@ class Grid:
             raise ConfigError(
                 "There is nothing to measure: name tasks, or give a data file or a suite."
             )
+        unknown = [task for task in self.tasks if task not in TASKS]
+        if unknown:
+            raise ConfigError(f"There are no tasks {unknown}; there are: {sorted(TASKS)}.")
+        names = [method.name for method in find_methods(self.methods)]
+        if self.reference not in names:
+            raise ConfigError(
+                f"The reference {self.reference!r} is not among the methods of this run: {names}."
+            )
 
     def describe(self, bench: Bench) -> dict[str, Any]:
         """What must not change when a run goes on; methods, budgets and lengths may."""

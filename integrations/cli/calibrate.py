@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ...core.compressor import Compressor
     from ...core.evaluation.tasks import EvalItem
+
+from .arguments import add_models, add_running, count, known_file, new_file, progress
 
 _DESCRIPTION = """\
 Learn the weights of a draft's attention heads from questions whose evidence is known, generated
@@ -32,28 +33,29 @@ def add_calibrate(commands: Any) -> None:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    line.add_argument("--draft", default="builtin:draft", help="(default: %(default)s)")
+    add_models(line, target=False, draft=True, bits="")
     line.add_argument(
         "--length",
         nargs="+",
-        type=int,
+        type=count,
         default=[500, 1000, 2000],
         metavar="N",
         help="tokens of the prompts (default: 500 1000 2000)",
     )
     line.add_argument(
-        "--items", type=int, default=132, metavar="N", help="a length (default: %(default)s)"
+        "--items", type=count, default=132, metavar="N", help="a length (default: %(default)s)"
     )
     line.add_argument(
-        "--data", type=Path, metavar="FILE", help="questions in SQuAD's format, not generated ones"
+        "--data",
+        type=known_file,
+        metavar="FILE",
+        help="questions in SQuAD's format, not generated ones",
     )
     line.add_argument("--seed", type=int, metavar="N", help="of the items (default: 1000000)")
     line.add_argument(
-        "--out", type=Path, metavar="FILE", help="default: head_weights.json beside the draft"
+        "--out", type=new_file(), metavar="FILE", help="default: head_weights.json beside the draft"
     )
-    line.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (default: auto)")
-    line.add_argument("--no-progress", action="store_true", help="no progress bars on stderr")
-    line.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    add_running(line)
     line.set_defaults(run=calibrate)
 
 
@@ -63,11 +65,11 @@ def calibrate(arguments: argparse.Namespace) -> None:
     from ...core.evaluation.calibration import calibrate
     from ...core.specpc.head_weights import CALIBRATED, weights_path
 
-    progress = not arguments.no_progress
-    compressor = Compressor.load(arguments.draft, device=arguments.device, progress=progress)
+    bars = progress(arguments)
+    compressor = Compressor.load(arguments.draft, device=arguments.device, progress=bars)
     path = arguments.out or weights_path(compressor.model, CALIBRATED)
     source = None if arguments.data is None else arguments.data.name
-    found = calibrate(compressor, _items(arguments, compressor), source=source, progress=progress)
+    found = calibrate(compressor, _items(arguments, compressor), source=source, progress=bars)
     found.weights.save(path)
     print(
         f"{path}: learned from {found.items} items. Average precision of finding evidence on "

