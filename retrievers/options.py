@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveFloat
 
 from ..core.compressor import Compressor
 from ..core.config import OnError, Quantization, SpecPC
+from ..core.models.shared import shared_model
 from ..core.options import told_as_config_errors
 from ..core.prompt.messages import DEFAULT_SYSTEM
 
@@ -23,6 +24,8 @@ class Asking(TypedDict):
 
 class DraftOptions(BaseModel):
     """Options of everything that reads with a draft; the draft is loaded at construction.
+
+    Drafts of the same options are loaded once in a process (`core.models.shared`).
 
     Args:
         model: "builtin:draft", a folder or a hub id of the draft.
@@ -63,13 +66,18 @@ class DraftOptions(BaseModel):
         if self.compressor is not None:
             self.model = self.compressor.model.name_or_path or self.model
             return
-        self.compressor = Compressor.load(
+        draft = shared_model(
             self.model,
             quantization=self.quantization,
             device=self.device,
             dtype=self.dtype,
-            template_options=self.template_options,
             trust_remote_code=self.trust_remote_code,
+            progress=self.progress,
+        )
+        self.compressor = Compressor(
+            draft.model,
+            draft.tokenizer,
+            template_options=self.template_options,
             progress=self.progress,
         )
 

@@ -158,15 +158,22 @@ def test_structured_output_is_an_object_of_the_schema(method: str) -> None:
     assert raw["parsing_error"] is None
 
 
-def test_an_object_that_is_cut_off_is_not_made_up() -> None:
+@pytest.mark.parametrize("method", ["function_calling", "json_schema"])
+@pytest.mark.parametrize("schema", [Trip, TripDict, Trip.model_json_schema()])
+async def test_an_object_that_is_cut_off_is_not_made_up(method: str, schema: Any) -> None:
     short = talker(max_tokens=9)
-    with pytest.raises(OutputParserException, match="max_tokens"):
-        short.with_structured_output(Trip, method="json_schema").invoke(QUESTION)
-    raw = short.with_structured_output(Trip, method="json_schema", include_raw=True)
-    found = raw.invoke(QUESTION)
+    model = short.with_structured_output(schema, method=method)
+    said = "cut off by max_tokens after 9 tokens"
+    with pytest.raises(OutputParserException, match=said) as caught:
+        model.invoke(QUESTION)
+    assert caught.value.llm_output
+    with pytest.raises(OutputParserException, match=said):
+        await model.ainvoke(QUESTION)
+    found = short.with_structured_output(schema, method=method, include_raw=True).invoke(QUESTION)
     assert found["parsed"] is None
     assert isinstance(found["parsing_error"], OutputParserException)
-    assert found["raw"].content
+    assert said in str(found["parsing_error"])
+    assert found["raw"].content or found["raw"].invalid_tool_calls
 
 
 def test_json_mode_is_any_object() -> None:

@@ -16,6 +16,7 @@ from llama_index.core.base.llms.types import (
     CacheControl,
     CachePoint,
     ChatMessage,
+    ChatResponse,
     CitableBlock,
     CitationBlock,
     DocumentBlock,
@@ -372,6 +373,15 @@ def test_the_prompt_has_one_beginning_of_sequence() -> None:
 
 
 # -- messages and documents ---------------------------------------------------------------------
+
+
+def test_a_broken_call_of_an_earlier_answer_is_named() -> None:
+    block = ToolCallBlock(tool_call_id="c1", tool_name="lookup", tool_kwargs='{"id": 3')
+    turns = [ChatMessage(QUESTION), ChatMessage([block], role="assistant")]
+    with pytest.raises(PromptError, match="call of 'lookup' are no JSON object"):
+        llm().chat(turns)
+    with pytest.raises(PromptError, match="call of 'lookup' are no JSON object"):
+        llm().get_tool_calls_from_response(ChatResponse(message=turns[1]))
 
 
 @pytest.mark.parametrize(

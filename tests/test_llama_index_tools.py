@@ -94,7 +94,7 @@ def test_a_tool_can_be_named(choice: Any) -> None:
 def test_a_free_choice_may_be_text_and_none_shows_no_tools() -> None:
     free = llm(max_tokens=8).chat_with_tools(tools(), QUESTION)
     assert free.message.content
-    with pytest.raises(ModelError, match="called no tool"):
+    with pytest.raises(ModelError, match="pass tool_required=True"):
         llm().get_tool_calls_from_response(free)
     plain = llm(max_tokens=8).chat([ChatMessage(QUESTION)])
     for given in (
@@ -115,6 +115,10 @@ def test_a_call_that_is_cut_off_is_no_call() -> None:
     assert calls_of(response) == []
     assert response.raw["finish_reason"] == "length"
     assert len(response.raw["broken_calls"]) == 1
+    with pytest.raises(ModelError, match="cut off by max_tokens after 9 tokens"):
+        llm().get_tool_calls_from_response(response)
+    with pytest.raises(ModelError, match="cut off by max_tokens after 9 tokens"):
+        llm(max_tokens=9).structured_predict(Trip, TEMPLATE, what=QUESTION)
 
 
 async def test_streams_and_async_calls_equal_the_whole_answer() -> None:

@@ -135,3 +135,23 @@ def test_wrong_messages(messages: Any, documents: Any, message: str) -> None:
 def test_wrong_number_of_texts() -> None:
     with pytest.raises(PromptError, match="Got 1 texts for 2 passages"):
         Prompt.from_question("q", ["a", "b"]).with_texts(["a"])
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        ({"name": "find", "arguments": '{"q": "cut o'}, "call of 'find' are no JSON object"),
+        ({"name": "find", "arguments": "[1]"}, "call of 'find' are no JSON object"),
+        ({"name": "find", "arguments": 3}, "call of 'find' are no JSON object"),
+        ({"arguments": {}}, "no mapping with a function's name"),
+        ("find", "no mapping with a function's name"),
+    ],
+)
+def test_calls_that_cannot_be_read_are_named(call: Any, said: str) -> None:
+    for whole in (call, {"type": "function", "function": call}):
+        turns = [
+            {"role": "user", "content": "Hello"},
+            {"role": "assistant", "content": None, "tool_calls": [whole]},
+        ]
+        with pytest.raises(PromptError, match=said):
+            Prompt.from_messages(turns)

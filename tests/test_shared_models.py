@@ -15,6 +15,14 @@ from draftsieve import Compressor, Quantization
 from draftsieve.core.errors import ModelNotFoundError
 from draftsieve.core.models.names import resolve
 from draftsieve.core.models.shared import clear_loaded_models, shared_model
+from draftsieve.integrations.langchain import (
+    ChatDraftSieve,
+    DraftCompressionMiddleware,
+    DraftCompressor,
+)
+from draftsieve.integrations.llama_index import DraftSieveLLM, DraftSievePostprocessor
+from draftsieve.retrievers import langchain as lc
+from draftsieve.retrievers import llama_index as li
 
 
 @pytest.fixture(autouse=True)
@@ -79,3 +87,22 @@ def test_a_failure_is_not_kept_and_clearing_forgets(tmp_path: Path) -> None:
     assert shared_model(folder, device="cpu", progress=False) is not first
     clear_loaded_models()
     assert shared_model("builtin:draft", device="cpu", progress=False) is not first
+
+
+def test_adapters_load_a_draft_once_and_each_its_own_target() -> None:
+    draft = {"device": "cpu", "progress": False}
+    pair = {"model": "builtin:target", "draft": "builtin:draft", "device": "cpu"}
+    chats = [ChatDraftSieve(**pair, temperature=t) for t in (0.0, 1.0)]
+    llm = DraftSieveLLM(**pair)
+    compressors = [
+        DraftCompressor(**draft).loaded,
+        DraftCompressionMiddleware(**draft).compressor,
+        DraftSievePostprocessor(**draft).loaded,
+        lc.SievedRetriever(retriever=lc.Bm25Retriever.from_documents([]), **draft).loaded,
+        li.SievedRetriever(li.Bm25Retriever.from_nodes([]), **draft).options.loaded,
+    ]
+    drafts = [c.model for c in compressors] + [m.loaded.draft for m in (*chats, llm)]
+    assert len({id(model) for model in drafts}) == 1
+    assert len({id(model.loaded.target) for model in (*chats, llm)}) == 3
+    clear_loaded_models()
+    assert DraftCompressor(**draft).loaded.model is not drafts[0]

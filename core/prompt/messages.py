@@ -112,7 +112,8 @@ class Prompt:
 
         Raises:
             PromptError: No messages, no user message for the documents, an empty last user
-                message, a content block of another type, or a wrong Python type.
+                message, a content block of another type, a tool call that cannot be read, or a
+                wrong Python type.
         """
         found = list(_passages(documents))
         asking = _last_user(messages)
@@ -255,6 +256,8 @@ def _message(message: Mapping[str, Any], found: list[Passage], *, asked: bool) -
     """Read one message; its documents are appended to `found`."""
     role, content = message["role"], message.get("content")
     extra = {key: value for key, value in message.items() if key not in ("role", "content")}
+    for call in extra.get("tool_calls") or ():
+        _check_call(call)
     if content is None:
         return Message(role, (), {**extra, "content": None})
     segment = Segment.SYSTEM if role in SYSTEM_ROLES else Segment.MESSAGE
@@ -267,6 +270,36 @@ def _message(message: Mapping[str, Any], found: list[Passage], *, asked: bool) -
             f"not {type(content).__name__}."
         )
     return Message(role, tuple(_block(block, segment, found) for block in content), extra)
+
+
+def _check_call(call: object) -> None:
+    """Refuse what no template could write as a call."""
+    function = call.get("function", call) if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        raise PromptError(
+            f"A tool call is no mapping with a function's name and arguments: {call!r}."
+        )
+    call_arguments(function["name"], function.get("arguments"))
+
+
+def call_arguments(name: str, arguments: object) -> dict[str, Any]:
+    """The arguments of a tool call, which some models give as JSON text.
+
+    Raises:
+        PromptError: They are no JSON object.
+    """
+    found, why = arguments or {}, "not one"
+    if isinstance(found, str):
+        try:
+            found = json.loads(found)
+        except ValueError as error:
+            why = str(error)
+    if isinstance(found, Mapping):
+        return dict(found)
+    raise PromptError(
+        f"The arguments of a call of {name!r} are no JSON object ({why}): {arguments!r}. Mend the "
+        "call, or leave it out of the conversation."
+    )
 
 
 def _block(block: object, segment: Segment, found: list[Passage]) -> Part:

@@ -16,7 +16,7 @@ from typing import Any
 from ..errors import GrammarError
 from ..grammar import CALL_END, CALL_START, Grammar
 from ..types import Segment, ToolCall
-from .messages import Message, Part, add_system
+from .messages import Message, Part, add_system, call_arguments
 
 _RESULT_START, _RESULT_END = "<tool_response>\n", "\n</tool_response>"
 _DESCRIPTION = (
@@ -217,10 +217,8 @@ def _with_calls(turn: Message) -> Message:
 
 
 def _call_text(function: Mapping[str, Any]) -> str:
-    arguments = function.get("arguments") or {}
-    if isinstance(arguments, str):
-        arguments = json.loads(arguments)
-    call = {"name": function["name"], "arguments": arguments}
+    name = function["name"]
+    call = {"name": name, "arguments": call_arguments(name, function.get("arguments"))}
     return f"{CALL_START}\n{json.dumps(call, ensure_ascii=False)}\n{CALL_END}"
 
 

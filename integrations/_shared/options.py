@@ -11,6 +11,8 @@ from ...core.config import Generation, Method, OnError, Quantization
 from ...core.engine import Engine
 from ...core.errors import ModelError
 from ...core.grammar import Grammar
+from ...core.models.loading import load_model
+from ...core.models.shared import shared_model
 from ...core.options import Options, told_as_config_errors
 from ...core.speckv.scorers import needs_draft
 
@@ -39,6 +41,8 @@ class CallOptions(Options):
 
 class EngineOptions(BaseModel):
     """Options of a target with an optional draft; both are loaded when the object is made.
+
+    Drafts of the same options are loaded once in a process (`core.models.shared`).
 
     Args:
         model: "builtin:target", a folder or a hub id of the target.
@@ -120,16 +124,30 @@ class EngineOptions(BaseModel):
         """For what a framework wants to know of the engine."""
 
     def _load(self) -> Engine:
-        return Engine.load(
+        """The target, and a draft that adapters share; only the target may be large."""
+        big = load_model(
             self.model,
-            self.draft,
             quantization=self.quantization,
-            draft_quantization=self.draft_quantization,
             device=self.device,
-            draft_device=self.draft_device,
             dtype=self.dtype,
-            template_options=self.template_options,
             trust_remote_code=self.trust_remote_code,
+            progress=self.progress,
+        )
+        small = self.draft and shared_model(
+            self.draft,
+            quantization=self.draft_quantization,
+            device=self.draft_device or self.device,
+            dtype=self.dtype,
+            trust_remote_code=self.trust_remote_code,
+            progress=self.progress,
+        )
+        return Engine(
+            big.model,
+            big.tokenizer,
+            draft_model=small.model if small else None,
+            draft_tokenizer=small.tokenizer if small else None,
+            template_options=self.template_options,
+            name=big.name,
             progress=self.progress,
         )
 

@@ -51,8 +51,11 @@ def cut_off(finish_reason: object, tokens: object, what: str) -> str:
     Args:
         finish_reason: The answer's.
         tokens: How many tokens it has.
-        what: What it lacks, such as "a whole call of Trip".
+        what: What it lacks, such as "whole tool call".
     """
     if finish_reason == "length":
-        return f"The answer was cut off by max_tokens after {tokens} tokens, before it held {what}"
-    return f"The answer ended ({finish_reason}) without {what}"
+        return (
+            f"The answer was cut off by max_tokens after {tokens} tokens and so holds no {what}: "
+            "allow more max_tokens."
+        )
+    return f"The answer ended ({finish_reason}) and holds no {what}."

@@ -23,7 +23,7 @@ from .._shared.tools import choice_of
 from .batch import Configs, arun_together, asked_by, run_together
 from .messages import as_mappings, usage_metadata
 from .options import STRICT, EngineOptions
-from .structured import json_output
+from .structured import structured
 from .tools import as_call_chunks, as_calls, as_invalid_calls, schema_of, tools_of
 
 
@@ -125,8 +125,8 @@ class ChatDraftSieve(EngineOptions, BaseChatModel):
 
         Args:
             schema: A pydantic class, a TypedDict, or a JSON or OpenAI tool schema.
-            include_raw: Return {"raw", "parsed", "parsing_error"} instead of raising where an
-                answer cannot be parsed (it was cut off by `max_tokens`, say).
+            include_raw: Return {"raw", "parsed", "parsing_error"} instead of raising
+                `OutputParserException` where an answer was cut off by `max_tokens`.
             method: "function_calling" for one call of a tool of that schema; "json_schema" for
                 bare JSON, with the schema in the system text; "json_mode" for any JSON object,
                 with nothing added to the prompt.
@@ -135,14 +135,12 @@ class ChatDraftSieve(EngineOptions, BaseChatModel):
         Raises:
             ConfigError: There is no such method.
         """
-        if method == "function_calling":
-            return super().with_structured_output(schema, include_raw=include_raw, **kwargs)
-        if method not in ("json_schema", "json_mode") or kwargs:
+        if method not in ("function_calling", "json_schema", "json_mode") or kwargs:
             raise ConfigError(
                 f"with_structured_output(method={method!r}, {', '.join(kwargs)}): methods are "
                 '"function_calling", "json_schema" and "json_mode", without further options.'
             )
-        return json_output(self, schema, method, include_raw)
+        return structured(self, schema, method, include_raw)
 
     def batch(
         self,

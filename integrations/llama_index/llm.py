@@ -37,6 +37,7 @@ from ...core.errors import ModelError
 from ...core.prompt.messages import Prompt
 from ...core.prompt.tool_calls import answer_grammar, stated_schema
 from ...core.types import Answer, Chunk
+from .._shared.report import cut_off
 from .._shared.tools import choice_of
 from .messages import as_prompt, report, token_counts
 from .options import EngineOptions
@@ -177,10 +178,7 @@ class DraftSieveLLM(EngineOptions):
         """
         calls = selections(response.message)
         if not calls and error_on_no_tool_call:
-            raise ModelError(
-                f"The model called no tool (it said {response.message.content!r}): pass "
-                "tool_required=True, or raise max_tokens where a call was cut off."
-            )
+            raise ModelError(_no_call(response))
         return calls
 
     def _structured_stream_call(
@@ -262,6 +260,18 @@ class DraftSieveLLM(EngineOptions):
             raw=answer and report(answer, self.model, method),
             additional_kwargs={} if answer is None else token_counts(answer),
         )
+
+
+def _no_call(response: ChatResponse) -> str:
+    """Why a response holds no tool call."""
+    raw = response.raw if isinstance(response.raw, dict) else {}
+    if raw.get("broken_calls"):
+        tokens = raw["usage"]["completion_tokens"]
+        return cut_off(raw["finish_reason"], tokens, "whole tool call")
+    return (
+        f"The model called no tool (it said {response.message.content!r}): pass "
+        "tool_required=True where it must."
+    )
 
 
 def _prompt(messages: Sequence[ChatMessage], options: Mapping[str, Any]) -> Prompt:

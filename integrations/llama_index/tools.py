@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +9,7 @@ from llama_index.core.base.llms.types import ChatMessage, ToolCallBlock
 from llama_index.core.llms.llm import ToolSelection
 from llama_index.core.tools.types import BaseTool
 
+from ...core.prompt.messages import call_arguments
 from ...core.types import ToolCall
 from .._shared.tools import new_call_id
 
@@ -38,7 +38,8 @@ def call_blocks(calls: Sequence[ToolCall]) -> list[ToolCallBlock]:
 
 def call_mapping(block: ToolCallBlock) -> dict[str, Any]:
     """A call of an earlier answer as chat templates take it."""
-    function = {"name": block.tool_name, "arguments": call_arguments(block)}
+    arguments = call_arguments(block.tool_name, block.tool_kwargs)
+    function = {"name": block.tool_name, "arguments": arguments}
     return {"id": block.tool_call_id, "type": "function", "function": function}
 
 
@@ -49,13 +50,7 @@ def selections(message: ChatMessage) -> list[ToolSelection]:
         ToolSelection(
             tool_id=call.tool_call_id or "",
             tool_name=call.tool_name,
-            tool_kwargs=call_arguments(call),
+            tool_kwargs=call_arguments(call.tool_name, call.tool_kwargs),
         )
         for call in calls
     ]
-
-
-def call_arguments(call: ToolCallBlock) -> dict[str, Any]:
-    """The arguments of a call; other models' calls may hold them as JSON."""
-    found = call.tool_kwargs
-    return dict(json.loads(found)) if isinstance(found, str) else found
