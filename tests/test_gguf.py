@@ -164,7 +164,7 @@ def test_several_files_in_a_folder_are_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["missing.gguf", "./missing.gguf", "a/b/c/missing.gguf"])
 def test_a_missing_file_does_not_go_to_the_hub(name: str) -> None:
-    with pytest.raises(ModelNotFoundError, match=r"missing\.gguf' does not exist"):
+    with pytest.raises(ModelNotFoundError, match=r"There is no model .*missing\.gguf"):
         resolve(name)
 
 

@@ -16,7 +16,6 @@ from transformers.utils import logging as transformers_logging
 from draftsieve import Compressor, Engine, Generation, Quantization, SpecKV, SpecKVPC, SpecPC
 from draftsieve.core.errors import ModelError, ModelNotFoundError
 from draftsieve.core.models.loading import load_model
-from draftsieve.core.models.names import resolve
 
 QUESTION = "Which badge was issued to Mira Tolen?"
 TEXTS = [
@@ -214,15 +213,6 @@ def test_a_ready_configuration_of_transformers_quantises() -> None:
     assert answer.usage.completion_tokens > 0
     ready = Compressor.load("builtin:draft", quantization=config, device="cpu", progress=False)
     assert ready.model.is_loaded_in_4bit
-
-
-def test_names_that_do_not_exist_are_explained() -> None:
-    with pytest.raises(ModelNotFoundError, match=r"there are: .*builtin:draft.*builtin:target"):
-        resolve("builtin:nothing")
-    with pytest.raises(ModelNotFoundError, match="does not exist"):
-        resolve("./missing")
-    with pytest.raises(ModelNotFoundError, match="Cannot find the model"):
-        load_model("no-such-org/no-such-model", progress=False)
 
 
 @pytest.mark.parametrize("shown", [True, False])

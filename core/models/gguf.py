@@ -53,7 +53,12 @@ class GgufFile:
     pre_tokenizer: str | None  # llama.cpp's name of how text is split
 
 
-def find_gguf(name: str, gguf_file: str | None = None, revision: str | None = None) -> Path | None:
+def find_gguf(
+    name: str,
+    gguf_file: str | None = None,
+    revision: str | None = None,
+    local_files_only: bool = False,
+) -> Path | None:
     """The GGUF file that a name stands for; None for a model in another form.
 
     Args:
@@ -61,6 +66,7 @@ def find_gguf(name: str, gguf_file: str | None = None, revision: str | None = No
             file in one ("owner/repository/file.gguf").
         gguf_file: Its name in the folder or the repository.
         revision: Of the hub repository.
+        local_files_only: Look into the hub's cache only.
 
     Raises:
         ModelNotFoundError: There is no such file, or the folder holds several.
@@ -76,7 +82,7 @@ def find_gguf(name: str, gguf_file: str | None = None, revision: str | None = No
         if len(repository) != 2 or not file.endswith(GGUF):
             return None
         name, gguf_file = "/".join(repository), file
-    found = cached_file(name, gguf_file, revision=revision)
+    found = cached_file(name, gguf_file, revision=revision, local_files_only=local_files_only)
     return None if found is None else Path(found)
 
 

@@ -27,7 +27,8 @@ from ..errors import DraftSieveError, ModelError, ModelNotFoundError
 from .bars import progress_bars
 from .footprint import explain_out_of_memory, footprint, is_out_of_memory
 from .gguf import find_gguf, gguf_tokenizer, load_gguf, read_gguf
-from .names import resolve
+from .hub import hub_obstacle
+from .names import missing, resolve
 
 logger = logging.getLogger(__name__)
 AnyQuantization = Quantization | QuantizationConfigMixin  # ours, or any of transformers'
@@ -87,10 +88,16 @@ def load_model(
     }
     if quantization is not None:
         options["quantization_config"] = _quantization_config(quantization, options["dtype"])
-    where = {"revision": revision, "trust_remote_code": trust_remote_code}
+    obstacle = None if Path(source).exists() else hub_obstacle()
+    files: dict[str, Any] = {"revision": revision, "local_files_only": obstacle is not None}
+    where = {**files, "trust_remote_code": trust_remote_code}
     work = f"loading {str(name)!r}"
-    with explain_out_of_memory(work), _loading_errors(str(name)), progress_bars(progress):
-        if (file := find_gguf(source, gguf_file, revision)) is not None:
+    with (
+        explain_out_of_memory(work),
+        _loading_errors(str(name), source, obstacle),
+        progress_bars(progress),
+    ):
+        if (file := find_gguf(source, gguf_file, **files)) is not None:
             model, tokenizer = load_gguf(file, **options)
         else:
             AutoConfig.from_pretrained(source, **where)
@@ -109,11 +116,14 @@ def load_tokenizer(
     trust_remote_code: bool = False,
 ) -> PreTrainedTokenizerBase:
     """The tokenizer alone; arguments and errors as for `load_model`."""
-    with _loading_errors(str(name)):
-        if (file := find_gguf(resolve(name), gguf_file, revision)) is not None:
+    source = resolve(name)
+    obstacle = None if Path(source).exists() else hub_obstacle()
+    files: dict[str, Any] = {"revision": revision, "local_files_only": obstacle is not None}
+    with _loading_errors(str(name), source, obstacle):
+        if (file := find_gguf(source, gguf_file, **files)) is not None:
             return gguf_tokenizer(read_gguf(file))
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            resolve(name), revision=revision, trust_remote_code=trust_remote_code
+            source, trust_remote_code=trust_remote_code, **files
         )
     return tokenizer
 
@@ -239,7 +249,8 @@ def _refuse_repacked(module: torch.nn.Module, *_: Any) -> None:
 
 
 @contextmanager
-def _loading_errors(name: str) -> Iterator[None]:
+def _loading_errors(name: str, source: str, obstacle: str | None) -> Iterator[None]:
+    """Explain what went wrong while loading; `obstacle` says why the hub could not be asked."""
     try:
         yield
     except DraftSieveError:
@@ -248,10 +259,13 @@ def _loading_errors(name: str) -> Iterator[None]:
         if is_out_of_memory(error):
             raise
         first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        if isinstance(error, OSError) and not Path(source).exists():
+            hub = f"the hub says: {first}"
+            if obstacle is not None:
+                hub = f"the hub's cache does not hold it ({obstacle})"
+            raise ModelNotFoundError(missing(name, hub)) from error
         if isinstance(error, OSError):
             raise ModelNotFoundError(
-                f"Cannot find the model {name!r}: give a folder with config.json and safetensors, "
-                "a GGUF file, a hub id that this machine can reach, or builtin:target / "
-                f"builtin:draft. ({first})"
+                f"{name!r} is no complete model, with config.json and safetensors: {first}"
             ) from error
         raise ModelError(f"Cannot load the model {name!r}: {first}") from error
