@@ -15,7 +15,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .compressor import Compressor
 from .config import Generation, Method, OnError
 from .errors import NO_DRAFT, ModelError, PromptError
-from .generation.pipeline import Pipeline, answer_of
+from .generation.answer import answer_of
+from .generation.pipeline import Pipeline
 from .generation.speculative.drafters.store import TrigramStore
 from .generation.trace import trace
 from .models.footprint import explain_out_of_memory, footprint

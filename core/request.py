@@ -16,7 +16,7 @@ from .runtime.limits import Clock, deadline_after
 from .types import CompressedContext, DraftReading
 
 if TYPE_CHECKING:
-    from .generation.decode import RowText
+    from .generation.decode import Row
     from .generation.speculative.select import DraftPlan
     from .specpc.chunking import Piece
     from .specpc.fitting import Budget
@@ -57,7 +57,7 @@ class Request:
     # 3. SpecKV (`generation/eviction.py`)
     eviction: EvictionPlan | None = None
     # 4. decoding
-    row: RowText = field(init=False)  # its answer as it comes
+    row: Row = field(init=False)  # its answer as it comes
     drafts: DraftPlan | None = None  # None: no drafting
     cache_bytes: int | None = None  # of the evicted cache when decoding starts
 

@@ -16,7 +16,7 @@ from draftsieve.core.config import Generation, SpecPC
 from draftsieve.core.engine import Engine
 from draftsieve.core.errors import GrammarError, MissingExtraError
 from draftsieve.core.generation.constrained import Constraint, Grammars
-from draftsieve.core.generation.decode import RowText
+from draftsieve.core.generation.row_text import RowText
 from draftsieve.core.grammar import Grammar
 from draftsieve.core.prompt.messages import Prompt
 from draftsieve.core.types import Answer

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import pytest
@@ -10,11 +10,16 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM, PreTrainedModel
 
 from draftsieve import Engine, Generation, Grammar, Prompt, SpecKV
-from draftsieve.core.compressor import Compressor
 from draftsieve.core.config import Method
 from draftsieve.core.generation.constrained import Constraint, Grammars
-from draftsieve.core.generation.decode import RowText, decode_text
+from draftsieve.core.generation.decode import Batch, Row, next_tokens
+from draftsieve.core.generation.row_text import RowText
+from draftsieve.core.kv_cache.greedy import guess
+from draftsieve.core.kv_cache.prefill import Start, from_scratch
+from draftsieve.core.kv_cache.rows import Rows
+from draftsieve.core.speckv.evict import evict
 
+from . import families
 from .adapters_fixtures import QUESTION, TEXTS, tiny_engine, tiny_model, tiny_tokenizer
 
 PROMPTS = [
@@ -82,12 +87,11 @@ def test_a_row_that_has_filled_the_window_is_read_no_further(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["gpt2", "opt"])
 def test_a_guess_that_has_filled_the_drafts_window_is_read_no_further(name: str) -> None:
-    tokenizer = tiny_tokenizer()
-    size = tiny_engine().generate(PROMPTS[0], generation=EACH[0]).usage.prompt_tokens
-    draft = Compressor(learned_positions(name, size + 3), tokenizer)
-    alone = [draft.guess(prompt, 30).tolist() for prompt in PROMPTS[:2]]
-    assert [len(guess) for guess in alone] == [3, 30]
-    assert [guess.tolist() for guess in draft.guess_many(PROMPTS[:2], [30, 30])] == alone
+    draft, prompts = learned_positions(name, 43), [torch.arange(5, 45), torch.arange(9, 19)]
+    alone = [
+        guess(draft, [prompt], limit)[0] for prompt, limit in zip(prompts, (3, 30), strict=True)
+    ]
+    assert [row.tolist() for row in guess(draft, prompts, [3, 30])] == [a.tolist() for a in alone]
 
 
 @pytest.mark.parametrize(
@@ -131,21 +135,112 @@ class Watched(Constraint):
 def test_grammars_of_finished_rows_stay_where_they_are() -> None:
     model, tokenizer = tiny_model(64, seed=2), tiny_tokenizer()
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    prompts = [torch.arange(5, 25), torch.arange(30, 50), torch.arange(60, 85)]
+    texts = (("ferry", 60), ("(lamp ){40}", 5), ("(lamp ){4}", 60))
     rows = []
-    for text, limit in (("ferry", 60), ("(lamp ){40}", 5), ("(lamp ){4}", 60)):
+    for prompt, (text, limit) in zip(prompts, texts, strict=True):
         grammar = Grammars(tokenizer.backend_tokenizer).start(Grammar.regex(text), frozenset([end]))
         watched = Watched(grammar._matcher, grammar._ends, grammar._closing)
-        rows.append(
-            RowText(tokenizer.backend_tokenizer, frozenset([end]), (), limit, constraint=watched)
-        )
-    prompts = [torch.arange(5, 25), torch.arange(30, 50), torch.arange(60, 85)]
-    options = [Generation(max_new_tokens=60)] * 3
-    said = [
-        "".join(parts) for parts in zip(*decode_text(model, prompts, options, rows), strict=True)
-    ]
-    assert said[0] == "ferry"
-    assert said[2] == "lamp " * 4
-    assert [row.finish_reason for row in rows] == ["stop", "length", "stop"]
+        ends, backend = frozenset([end]), tokenizer.backend_tokenizer
+        said = RowText(backend, ends, (), limit, constraint=watched)
+        rows.append(Row(prompt, Generation(max_new_tokens=60), said))
+    batch, answers = Batch(model, from_scratch(model, prompts), rows), dict.fromkeys(rows, "")
+    while batch.rows:
+        for row, piece in batch.step():
+            answers[row] += piece
+    assert answers[rows[0]] == "ferry"
+    assert answers[rows[2]] == "lamp " * 4
+    assert [row.text.finish_reason for row in rows] == ["stop", "length", "stop"]
     for row in rows:
-        assert isinstance(row.constraint, Watched)
-        assert row.constraint.asked == row.constraint.told == row.tokens
+        assert isinstance(row.text.constraint, Watched)
+        assert row.text.constraint.asked == row.text.constraint.told == row.text.tokens
+
+
+# -- rows that join while others go on ----------------------------------------------------------
+
+# step, tokens of the prompt, tokens of the answer
+LATER = ((0, 18, 30), (3, 45, 9), (4, 9, 12), (14, 30, 12))
+
+
+def together(model: PreTrainedModel, starts: Sequence[Start]) -> tuple[list[list[int]], list[int]]:
+    """Greedy answers of rows that come and go as `LATER` says, and the columns of each step."""
+    said: list[list[int]] = [[] for _ in starts]
+    places: list[int] = []  # of the rows that are being decoded
+    running, columns = Rows(model, starts[0]), []
+
+    def step(rows: Rows, its: list[int]) -> None:
+        tokens = rows.read().argmax(-1).tolist()
+        rows.feed(tokens)
+        for place, token in zip(its, tokens, strict=True):
+            said[place].append(token)
+
+    for now in range(40):
+        for place, (when, _, _) in enumerate(LATER):
+            if when == now and place:
+                step(new := Rows(model, starts[place]), [place])
+                running.join(new)
+            if when == now:
+                places.append(place)
+        if not places:
+            break
+        step(running, places)
+        columns.append(running.mask.shape[1])
+        staying = [i for i, place in enumerate(places) if len(said[place]) < LATER[place][2]]
+        places = [places[i] for i in staying]
+        if places:
+            running.keep(staying)
+    return said, columns
+
+
+@pytest.mark.parametrize(("name", "implementation"), families.CASES)
+def test_rows_that_come_and_go_get_what_they_get_alone(name: str, implementation: str) -> None:
+    model = families.build(name, implementation)
+    prompts = [families.ids(length, seed=length)[0] for _, length, _ in LATER]
+    alone = [
+        [t for (t,) in next_tokens(model, [prompt], Generation(max_new_tokens=length))]
+        for prompt, (*_, length) in zip(prompts, LATER, strict=True)
+    ]
+    said, columns = together(model, [from_scratch(model, [prompt]) for prompt in prompts])
+    assert said == alone
+    assert max(columns) > 45
+    assert columns[-1] <= 18 + 30 + 1, "the padding went with the longest row"
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_evicted_rows_go_on_beside_full_ones(implementation: str) -> None:
+    model, options = families.build("llama", implementation), SpecKV(window_size=4)
+    prompts = [families.ids(length, seed=length)[0] for _, length, _ in LATER]
+
+    def start(place: int) -> Start:
+        prompt, capacity = prompts[place], (12, None, 6, 20)[place]
+        if capacity is None:
+            return from_scratch(model, [prompt])
+        guess_ = families.ids(3, seed=place)[0]
+        return evict(model, [prompt], [guess_], options, [capacity]).start
+
+    alone = []
+    for place, (*_, length) in enumerate(LATER):
+        more = Generation(max_new_tokens=length)
+        steps = next_tokens(model, [prompts[place]], more, start(place))
+        alone.append([token for (token,) in steps])
+    assert together(model, [start(i) for i in range(len(LATER))])[0] == alone
+
+
+def test_what_cannot_go_on_beside_others_is_known() -> None:
+    prompt, none = families.ids(40, seed=1)[0], torch.tensor([], dtype=torch.int64)
+
+    def joins(name: str, method: SpecKV | None = None) -> bool:
+        model = families.build(name, "sdpa")
+        start = from_scratch(model, [prompt])
+        if method is not None:
+            start = evict(model, [prompt], [none], method, [20]).start
+        text = RowText(tiny_tokenizer().backend_tokenizer, frozenset(), (), limit=9)
+        row = Row(prompt, Generation(), text)
+        (batch := Batch(model, start, [row])).step()
+        return batch.can_join(batch)
+
+    assert joins("llama")
+    assert joins("gemma3")
+    assert joins("llama", SpecKV(window_size=4))
+    assert not joins("gemma3", SpecKV(window_size=4)), "the window counts other columns"
+    assert not joins("llama", SpecKV(window_size=4, head_budgets="adaptive"))

@@ -13,7 +13,8 @@ import torch
 from ..compressor import Compressor
 from ..config import Generation, Method, SpecPC
 from ..errors import ModelError
-from ..generation.pipeline import Pipeline, answer_of
+from ..generation.answer import answer_of
+from ..generation.pipeline import Pipeline
 from ..kv_cache.greedy import greedy
 from ..kv_cache.prefill import Start
 from ..kv_cache.prefix import Memory, read_memory

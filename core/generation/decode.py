@@ -1,73 +1,123 @@
 """Target decoding: one loop for greedy and sampled answers, alone or in left-padded batches.
 
 Our own loop instead of `model.generate`: each row draws from its own seeded generator (so a
-request's output does not depend on what runs beside it), a row leaves the batch when it is
-finished, a consumer cancels by closing the iterator, and nothing global is touched.
+request's output does not depend on what runs beside it), rows join while others go on and leave
+when they are finished, a consumer cancels by dropping the batch, and nothing global is touched.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import closing
-from dataclasses import dataclass, field
-from typing import cast
+from collections.abc import Iterator, Sequence
 
 import torch
-from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedModel
 
 from ..config import Generation
-from ..kv_cache.layers import attending
+from ..kv_cache.batch import can_go_on_together
 from ..kv_cache.prefill import Start, from_scratch
-from ..runtime.limits import check_deadline
+from ..kv_cache.rows import Rows
 from .constrained import Constraint
+from .row_text import RowText
 from .sampling import Sampler
-from .speculative.tree_attention import TreeReader, obstacle
+from .speculative.tree_attention import TreeReader, obstacle, rotation_border
 from .speculative.verify import Speculation, verified_tokens
 
 
+class Row:
+    """One answer on its way.
+
+    Args:
+        prompt: (tokens,) int64 that the target has read or will read.
+        options: How its tokens are chosen.
+        text: What they say, and where that ends.
+    """
+
+    def __init__(self, prompt: torch.Tensor, options: Generation, text: RowText) -> None:
+        self.prompt, self.options, self.text = prompt, options, text
+        self.sampler = Sampler(prompt, options, text.constraint)
+        self.error: Exception | None = None  # what ended it before it was finished
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing more is to be said."""
+        return self.error is not None or self.text.finish_reason is not None
+
+    def choose(self, logits: torch.Tensor) -> int:
+        """The next token by (vocabulary,) logits; a failure ends this row alone."""
+        try:
+            return self.sampler.choose(logits)
+        except Exception as error:  # noqa: BLE001 - whoever asked for the row is told
+            self.error = error
+            return 0
+
+
 class Batch:
-    """Rows that a model continues side by side; the KV cache lives as long as the batch.
+    """Answers that a target goes on with side by side, one token a step.
 
     Args:
         model: The target.
-        start: Its cache, and what each row feeds next.
-        samplers: One for each row.
+        start: Its cache, and what each row feeds first.
+        rows: The answers; those that are finished leave.
+        speculation: Drafts for a single row; where the model or the cache cannot verify them, its
+            tally says why and decoding goes on without.
     """
 
-    def __init__(self, model: PreTrainedModel, start: Start, samplers: Sequence[Sampler]) -> None:
-        self.model, self.cache, self.samplers = model, start.cache, list(samplers)
-        self.feed, self.mask, self.positions = start.feed, start.mask, start.positions
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        start: Start,
+        rows: Sequence[Row],
+        speculation: Speculation | None = None,
+    ) -> None:
+        self.rows, self._state = list(rows), Rows(model, start)
+        self._speculation = speculation
+        self._verified: Iterator[int] | None = None  # the tokens to come, where drafts are verified
 
-    def step(self) -> list[int]:
-        """Read what each row feeds, and choose its next token."""
-        check_deadline()
-        with torch.no_grad(), attending(self.model, self.cache):
-            logits = self.model(
-                input_ids=self.feed,
-                attention_mask=self.mask,
-                position_ids=self.positions,
-                past_key_values=self.cache,
-                use_cache=True,
-                logits_to_keep=1,
-            ).logits[:, -1]  # (batch, vocabulary)
-        chosen = [sampler.choose(row) for sampler, row in zip(self.samplers, logits, strict=True)]
-        self.feed = torch.tensor(chosen, device=self.mask.device).unsqueeze(1)
-        self.mask = torch.cat([self.mask, torch.ones_like(self.mask[:, :1])], dim=1)
-        self.positions = self.positions[:, -1:] + 1
-        return chosen
+    def step(self) -> list[tuple[Row, str]]:
+        """Every row's next token, as the text that is now certain; finished rows then leave."""
+        said = [
+            (row, "" if row.error is not None else row.text.push(token))
+            for row, token in zip(self.rows, self._tokens(), strict=True)
+        ]
+        self.leave([row for row in self.rows if row.finished])
+        return said
 
-    def keep(self, rows: Sequence[int]) -> None:
-        """Let only some rows go on; the others' share of the cache is freed."""
-        if len(rows) == len(self.samplers):
-            return
-        places = torch.tensor(rows, device=self.mask.device)
-        # it selects too, and every kind of layer has it
-        self.cache.reorder_cache(cast(torch.LongTensor, places))
-        self.samplers = [self.samplers[row] for row in rows]
-        self.feed, self.mask = self.feed[places], self.mask[places]
-        self.positions = self.positions[places]
+    def leave(self, rows: Sequence[Row]) -> None:
+        """Let some rows go, finished or not."""
+        staying = [place for place, row in enumerate(self.rows) if row not in rows]
+        if staying:
+            self._state.keep(staying)
+        self.rows = [self.rows[place] for place in staying]
+
+    def can_join(self, other: Batch) -> bool:
+        """Whether each row gets the same beside those of another batch as it gets alone."""
+        return self._goes_with_others and other._goes_with_others
+
+    def join(self, other: Batch) -> None:
+        """Take in another batch's rows; both have made a step."""
+        self._state.join(other._state)
+        self.rows += other.rows
+
+    @property
+    def _goes_with_others(self) -> bool:
+        model, cache = self._state.model, self._state.cache
+        lengths_matter, _ = rotation_border(model.config.get_text_config())
+        return self._verified is None and lengths_matter is None and can_go_on_together(cache)
+
+    def _tokens(self) -> list[int]:
+        if self._verified is not None:
+            return [next(self._verified)]
+        logits = self._state.read()
+        tokens = [row.choose(its) for row, its in zip(self.rows, logits, strict=True)]
+        if self._speculation is not None:
+            row, limit = self.rows[0], self.rows[0].options.max_new_tokens
+            self._verified = _verified(
+                self._state, row.sampler, row.prompt, self._speculation, tokens[0], limit
+            )
+            self._speculation = None
+        if self._verified is None:
+            self._state.feed(tokens)
+        return tokens
 
 
 def next_tokens(
@@ -87,116 +137,38 @@ def next_tokens(
             not.
         start: A prefilled cache; None reads the prompts.
         constraints: Where each row stands in its grammar, or None for rows without one.
-        speculation: Drafts for a single row; where the model or the cache cannot verify them, its
-            tally says why and decoding goes on without.
+        speculation: As for `Batch`.
 
     Yields:
         The next token of every row.
     """
+    state, limit = Rows(model, start or from_scratch(model, prompts)), generation.max_new_tokens
     grammars = constraints or [None] * len(prompts)
     samplers = [Sampler(p, generation, c) for p, c in zip(prompts, grammars, strict=True)]
-    batch = Batch(model, start or from_scratch(model, prompts), samplers)
-    yield from _tokens(batch, generation.max_new_tokens, prompts[0], speculation)
-
-
-def _tokens(
-    batch: Batch, limit: int, prompt: torch.Tensor, speculation: Speculation | None
-) -> Generator[list[int]]:
-    """The next token of every row that is in the batch when its step comes."""
-    yield (chosen := batch.step())
-    if speculation is not None and _can_verify(batch, speculation):
-        reader = TreeReader(batch.model, batch.cache, batch.mask[:, :-1])
-        choose, said = batch.samplers[0].choose, prompt.tolist()
-        for token in verified_tokens(reader, choose, speculation, said, chosen[0], limit - 1):
-            yield [token]
-        return
-    for _ in range(limit - 1):
-        yield batch.step()
-
-
-def _can_verify(batch: Batch, speculation: Speculation) -> bool:
-    tally = speculation.tally
-    tally.note = tally.note or obstacle(batch.model, batch.cache)
-    return tally.note is None
-
-
-@dataclass(slots=True)
-class RowText:
-    """Turns one row's tokens into text as they come, and knows when the row is finished.
-
-    A character whose last bytes never come is left out. Text that may become a stop string is
-    held back until that is decided. Where a grammar leaves nothing to say, the row is finished.
-    """
-
-    tokenizer: Tokenizer
-    ends: frozenset[int]
-    stop: tuple[str, ...]
-    limit: int
-    constraint: Constraint | None = None
-    tokens: int = 0
-    finish_reason: str | None = None
-    _held: str = ""
-    _stream: DecodeStream = field(default_factory=lambda: DecodeStream(skip_special_tokens=True))
-
-    def push(self, token: int) -> str:
-        """Take the next token and return the text that is now certain (often empty)."""
-        self.tokens += 1
-        if token in self.ends:
-            return self._finish("stop")
-        self._held += self._stream.step(self.tokenizer, token) or ""
-        found = [place for text in self.stop if (place := self._held.find(text)) >= 0]
-        if found:
-            self._held = self._held[: min(found)]
-            return self._finish("stop_string")
-        if self.constraint is not None and self.constraint.complete:
-            return self._finish("stop")
-        if self.tokens >= self.limit:
-            return self._finish("length")
-        ready = len(self._held) - self._undecided()
-        text, self._held = self._held[:ready], self._held[ready:]
-        return text
-
-    def _finish(self, reason: str) -> str:
-        self.finish_reason = reason
-        text, self._held = self._held, ""
-        return text
-
-    def _undecided(self) -> int:
-        """Length of the longest tail that a stop string starts with."""
-        longest = 0
-        for text in self.stop:
-            for size in range(min(len(text) - 1, len(self._held)), longest, -1):
-                if self._held.endswith(text[:size]):
-                    longest = size
-                    break
-        return longest
-
-
-def decode_text(
-    model: PreTrainedModel,
-    prompts: Sequence[torch.Tensor],
-    generation: Sequence[Generation],
-    rows: Sequence[RowText],
-    start: Start | None = None,
-    speculation: Speculation | None = None,
-) -> Iterator[list[str]]:
-    """Generate until every row is finished; yields each row's new text at every step.
-
-    A finished row leaves the batch: it is fed no further, and its grammar stays where it is.
-    """
-    each = zip(prompts, generation, rows, strict=True)
-    samplers = [Sampler(prompt, options, row.constraint) for prompt, options, row in each]
-    batch = Batch(model, start or from_scratch(model, prompts), samplers)
-    places = list(range(len(rows)))  # of the rows that are still in the batch
-    limit = max(options.max_new_tokens for options in generation)
-    with closing(_tokens(batch, limit, prompts[0], speculation)) as steps:
-        for chosen in steps:
-            pieces = [""] * len(rows)
-            for place, token in zip(places, chosen, strict=True):
-                pieces[place] = rows[place].push(token)
-            yield pieces
-            going = [i for i, place in enumerate(places) if rows[place].finish_reason is None]
-            if not going:
+    for step in range(limit):
+        tokens = [its.choose(row) for its, row in zip(samplers, state.read(), strict=True)]
+        yield tokens
+        if step == 0 and speculation is not None:
+            verified = _verified(state, samplers[0], prompts[0], speculation, tokens[0], limit)
+            if verified is not None:
+                yield from ([token] for token in verified)
                 return
-            batch.keep(going)
-            places = [places[i] for i in going]
+        state.feed(tokens)
+
+
+def _verified(
+    state: Rows,
+    sampler: Sampler,
+    prompt: torch.Tensor,
+    speculation: Speculation,
+    first: int,
+    limit: int,
+) -> Iterator[int] | None:
+    """What follows a row's first token, with drafts; None where nothing can verify them."""
+    tally = speculation.tally
+    tally.note = tally.note or obstacle(state.model, state.cache)
+    if tally.note is not None:
+        return None
+    reader = TreeReader(state.model, state.cache, state.mask)
+    said = prompt.tolist()
+    return verified_tokens(reader, sampler.choose, speculation, said, first, limit - 1)

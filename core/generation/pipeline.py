@@ -6,28 +6,30 @@ compress (SpecPC) -> encode -> plan the eviction (SpecKV) -> evict while reading
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..config import Generation, Method, OnError, SpecPC, stages
 from ..errors import PromptError
 from ..kv_cache.layers import has_sliding_layers
-from ..kv_cache.prefill import Start
+from ..kv_cache.prefill import Start, from_scratch
 from ..models.footprint import explain_out_of_memory
 from ..models.loading import end_token_ids
 from ..prompt.encoder import PromptEncoder, PromptTokens
 from ..prompt.messages import Prompt
-from ..prompt.tool_calls import ToolReader, parse_tool_calls
 from ..request import Memories, Request, earliest
 from ..runtime.limits import Clock, until
 from ..specpc.draft import DraftModel
 from ..specpc.pipeline import compress
 from ..specpc.sparse_positions import kept_places, start_at
-from ..types import Answer, Chunk, Usage
+from ..types import Chunk
+from .answer import AnswerChunks
 from .constrained import Grammars
-from .decode import RowText, decode_text
+from .decode import Batch, Row
 from .eviction import new_guesses, plan_evictions, start_evictions
 from .pair import Pair
+from .row_text import RowText
 from .speculative.drafters.store import TrigramStore
 from .speculative.select import Drafters, DraftPlan
 from .speculative.verify import Speculation
@@ -57,6 +59,7 @@ class Pipeline:
             tokenizer, self.pair.models["draft"], self.pair.same_tokens, draft_store
         )
         self._grammars = Grammars(tokenizer.backend_tokenizer)
+        self._models = self.pair.models
 
     def stream(
         self,
@@ -68,14 +71,10 @@ class Pipeline:
     ) -> Iterator[Chunk]:
         """One request piece by piece; the last chunk carries the answer."""
         (request,) = self.prepare([prompt], method, [options], on_error, memories)
-        reader = ToolReader(_calls_first(request)) if prompt.tools else None
-        text = ""
+        chunks = AnswerChunks(request)
         for (piece,) in self.decode([request]):
-            text += piece
-            said, calls = (piece, ()) if reader is None else reader.push(piece)
-            if said or calls:
-                yield Chunk(said, tool_calls=calls)
-        yield Chunk("" if reader is None else reader.close(), answer_of(request, text))
+            yield from chunks.of(piece)
+        yield chunks.last()
 
     def prepare(
         self,
@@ -101,7 +100,7 @@ class Pipeline:
         requests = [Request(*each, memories) for each in zip(prompts, options, strict=True)]
         with until(earliest(requests)):
             if specpc is not None:
-                with explain_out_of_memory("", **self.pair.models):
+                with explain_out_of_memory("", **self._models):
                     compress(self.pair.need_draft(), requests, specpc, on_error)
             for request in requests:
                 self._encode(request, specpc)
@@ -128,21 +127,46 @@ class Pipeline:
                 for (piece,) in self.decode([request]):
                     yield [piece if i == place else "" for i in range(len(requests))]
             return
-        deadline, stage = earliest(requests), "prefill"
-        with explain_out_of_memory(_describe(requests), **self.pair.models):
-            with until(deadline):
-                speculation = self._speculate(requests)
-            steps = self._steps(requests, speculation, start)
-            while True:
-                clock = Clock()
-                with until(deadline), clock(stage):
-                    pieces = next(steps, None)
-                for request in requests:
-                    request.clock.add(clock.seconds)
-                if pieces is None:
-                    return
-                yield pieces
-                stage = "decode"
+        batch, said = self.prefill(requests, start)
+        while True:
+            if error := next((row.error for row, _ in said if row.error is not None), None):
+                raise error
+            pieces = dict(said)
+            yield [pieces.get(request.row, "") for request in requests]
+            if not batch.rows:
+                return
+            said = self.step(batch, requests, earliest(requests))
+
+    def prefill(
+        self, requests: Sequence[Request], start: Start | None = None
+    ) -> tuple[Batch, list[tuple[Row, str]]]:
+        """Let the target read prompts, evicting on the way where asked; the first text of each."""
+        with until(earliest(requests)), explain_out_of_memory(_describe(requests), **self._models):
+            speculation = self._speculate(requests)
+            with _clocked(requests, "prefill"):
+                begun = self.begin(requests) if start is None else start
+                if begun is None:
+                    begun = from_scratch(self.pair.target, [request.ids for request in requests])
+                rows = [request.row for request in requests]
+                batch = Batch(self.pair.target, begun, rows, speculation)
+                return batch, batch.step()
+
+    def step(
+        self, batch: Batch, requests: Sequence[Request], deadline: float | None
+    ) -> list[tuple[Row, str]]:
+        """The next text of each row of a batch.
+
+        Args:
+            batch: What `prefill` made.
+            requests: Whose rows these are; their clocks go on.
+            deadline: When nobody waits for any of them any more.
+        """
+        with (
+            until(deadline),
+            explain_out_of_memory(_describe(requests), **self._models),
+            _clocked(requests, "decode"),
+        ):
+            return batch.step()
 
     def _encode(self, request: Request, specpc: SpecPC | None) -> None:
         """Count and number the target's tokens, of what is left and of the original."""
@@ -160,19 +184,20 @@ class Pipeline:
         if specpc is not None and specpc.positions == "keep":
             _keep_positions(request, pair.context_window)
 
-    def _row(self, request: Request) -> RowText:
+    def _row(self, request: Request) -> Row:
         """The answer to come, ended by the generation's limit or the target's window."""
         options, ends = request.generation, frozenset(end_token_ids(self.pair.target).tolist())
         size = len(request.tokens if request.positions is None else request.original)
         room = (self.pair.context_window or size + options.max_new_tokens) - size
         grammar = options.grammar
-        return RowText(
+        text = RowText(
             tokenizer=self.pair.tokenizer.backend_tokenizer,
             ends=ends,
             stop=options.stop,
             limit=max(1, min(options.max_new_tokens, room)),
             constraint=None if grammar is None else self._grammars.start(grammar, ends),
         )
+        return Row(request.ids, options, text)
 
     def _plan_drafts(self, request: Request) -> DraftPlan | None:
         """What drafting starts from; a guess is made later, and only where nobody made one yet."""
@@ -204,56 +229,27 @@ class Pipeline:
                     return self.drafters.start(request.drafts)
         return None
 
-    def _steps(
-        self,
-        requests: Sequence[Request],
-        speculation: Speculation | None,
-        start: Start | None,
-    ) -> Iterator[list[str]]:
-        """Evict while the prompts are read, if a method asks for it, and decode."""
-        ids = [request.ids for request in requests]
-        options = [request.generation for request in requests]
-        rows = [request.row for request in requests]
-        begun = self.begin(requests) if start is None else start
-        yield from decode_text(self.pair.target, ids, options, rows, begun, speculation)
-
     def begin(self, requests: Sequence[Request]) -> Start | None:
         """Where decoding begins, evicted if asked for; None to read the prompts as they are."""
         target, memory = self.pair.target, requests[0].target_memory
+        ids = [request.ids for request in requests]
         if any(request.eviction is not None for request in requests):
             return start_evictions(self.pair, requests)
         if any(request.positions is not None for request in requests):
-            places = [request.positions for request in requests]
-            return start_at(target, [request.ids for request in requests], places)
-        return None if memory is None else memory.start(target, requests[0].ids)
+            return start_at(target, ids, [request.positions for request in requests])
+        return None if memory is None else memory.start(target, ids[0])
 
 
-def answer_of(request: Request, text: str) -> Answer:
-    """What a request that has been decoded gives back."""
-    plan, tools = request.eviction, request.prompt.tools
-    parts = parse_tool_calls(text, _calls_first(request)) if tools else (text, (), ())
-    said, calls, broken = parts
-    entries = None if plan is None else plan.capacity
-    return Answer(
-        text=said,
-        spans=() if request.context is None else request.context.spans,
-        usage=Usage(len(request.original), len(request.tokens), request.row.tokens, entries),
-        timings=dict(request.clock.seconds),
-        finish_reason=request.row.finish_reason or "length",
-        lookahead=None if plan is None else plan.text,
-        context=request.context,
-        cache_bytes=request.cache_bytes if plan is not None else None,
-        tool_calls=calls,
-        broken_calls=broken,
-        drafting=None if request.drafts is None else request.drafts.tally.value(),
-        fallback=request.fallback,
-    )
-
-
-def _calls_first(request: Request) -> bool:
-    """Tool calls stand at the answer's beginning or nowhere."""
-    grammar = request.generation.grammar
-    return grammar is not None and grammar.calls_first
+@contextmanager
+def _clocked(requests: Sequence[Request], stage: str) -> Iterator[None]:
+    """Add the block's seconds to each request's stage."""
+    clock = Clock()
+    try:
+        with clock(stage):
+            yield
+    finally:
+        for request in requests:
+            request.clock.add(clock.seconds)
 
 
 def _keep_positions(request: Request, window: int | None) -> None:

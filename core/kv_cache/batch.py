@@ -8,29 +8,68 @@ import torch
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
 
-from .layers import EvictedLayer, StoppableCache
+from .layers import EvictedLayer, StoppableCache, WindowLayer
+
+_FULL = {DynamicLayer, DynamicSlidingWindowLayer, WindowLayer}
 
 
 def can_join(model: PreTrainedModel) -> bool:
     """Whether `join_caches` knows all layers of this model's cache."""
-    kinds = {type(layer) for layer in DynamicCache(config=model.config).layers}
-    return kinds <= {DynamicLayer, DynamicSlidingWindowLayer, DummyLayer}
+    return _kinds(DynamicCache(config=model.config)) <= _FULL
+
+
+def can_go_on_together(cache: Cache) -> bool:
+    """Whether rows of a cache can be decoded beside those of any other of which this is true.
+
+    Full layers can, and evicted ones do not differ from them once the prompt is read. Where
+    sliding windows count the columns of all that went by, evicted layers have too few.
+    """
+    kinds = _kinds(cache)
+    return kinds <= _FULL or kinds == {EvictedLayer}
+
+
+def columns_of(cache: Cache) -> int:
+    """Columns that the mask of a decoding step needs, besides that of the new token."""
+    layers = [la for la in cache.layers if isinstance(la, DynamicLayer) and la.keys is not None]
+    windows = [layer for layer in layers if isinstance(layer, DynamicSlidingWindowLayer)]
+    return windows[0].get_seq_length() if windows else layers[0].get_mask_sizes(0)[0]
+
+
+def trim(cache: Cache, columns: int) -> bool:
+    """Drop first columns, which are padding in every row; says whether this cache can do that."""
+    if not _kinds(cache) <= _FULL:
+        return False
+    for layer in cache.layers:
+        if not isinstance(layer, DynamicLayer) or layer.keys is None or layer.values is None:
+            continue
+        first = columns
+        if isinstance(layer, DynamicSlidingWindowLayer):
+            layer.cumulative_length -= columns
+            first = max(0, layer.keys.shape[2] - layer.cumulative_length)
+        layer.keys, layer.values = layer.keys[:, :, first:], layer.values[:, :, first:]
+    return True
+
+
+def _kinds(cache: Cache) -> set[type]:
+    """The kinds of its layers, but for those that look at another layer's keys."""
+    return {type(layer) for layer in cache.layers} - {DummyLayer}
 
 
 def join_caches(
     model: PreTrainedModel, parts: Sequence[Cache], rows: Sequence[Sequence[int]]
 ) -> Cache:
-    """Full caches side by side as one; all rows end in the same column. The parts are emptied.
+    """Caches side by side as a full one; all rows end in the same column. The parts are emptied.
 
     Args:
-        model: Whose caches they are; `can_join` it, unless there is only one part.
-        parts: Caches of prompts that were read without anything behind them.
+        model: Whose caches they are.
+        parts: `can_go_on_together` each, unless there is only one. Of an evicted one the slots
+            become columns, so the masks say which of them are filled.
         rows: Of each part, its rows' places in the joined batch.
     """
     if len(parts) == 1 and list(rows[0]) == sorted(rows[0]):
         return parts[0]
     joined = StoppableCache(config=model.config)
-    columns = max(part.get_seq_length() for part in parts)
+    columns = max(map(columns_of, parts))
     for index, layer in enumerate(joined.layers):
         if isinstance(layer, DummyLayer):  # looks at another layer's keys
             continue
@@ -39,7 +78,7 @@ def join_caches(
             size = min(columns, layer.sliding_window - 1)
             layer.cumulative_length = columns
         pieces = [it for part in parts if isinstance(it := part.layers[index], DynamicLayer)]
-        assert isinstance(layer, DynamicLayer)  # `can_join` has looked
+        assert isinstance(layer, DynamicLayer)  # for the type checker: the caller has looked
         keys = _aligned([piece.keys for piece in pieces], rows, size)
         values = _aligned([piece.values for piece in pieces], rows, size)
         layer.lazy_initialization(keys, values)

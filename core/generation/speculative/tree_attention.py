@@ -57,7 +57,7 @@ class TreeReader:
         self._window = sliding[0].sliding_window if sliding else None
         self._mixed = bool(sliding and full_layers(cache))
         self._additive = own_implementation(config) == "eager"
-        self._limits = context_window(model), *_rotation_border(config)
+        self._limits = context_window(model), *rotation_border(config)
 
     def room(self) -> int:
         """How many tokens a path may have now, without changing what any of them means."""
@@ -142,7 +142,7 @@ class TreeReader:
         return torch.where(mask, torch.zeros_like(lowest), lowest)
 
 
-def _rotation_border(config: Any) -> tuple[int | None, bool]:
+def rotation_border(config: Any) -> tuple[int | None, bool]:
     """Where rotary embeddings change with the length read, and whether they are fixed after it.
 
     A pass across that border would turn all its tokens by the longest one's frequencies.
