@@ -78,6 +78,9 @@ class SpecPC(Options):
             (Sentinel, arXiv 2505.23277) in place of `reduction` and `starting_layer`: "calibrated"
             for the file beside the draft, or the path of one. Rows of a lookahead take no part.
             None merges them as the paper does.
+        passages_apart: Read each passage behind the prompt's beginning, without the others; what
+            follows the passages sees all of them. Needs `lookahead_tokens=1` and a draft with full
+            attention in every layer.
         positions: "reset" gives the target a shorter prompt, as in the paper. "keep" leaves each
             kept token at the position it had (SpecPrefill, arXiv 2502.02789), without gap
             markers; an engine does this, a compressor alone returns text and cannot. Such
@@ -106,6 +109,7 @@ class SpecPC(Options):
     passage_floor: Annotated[int, Field(ge=0, strict=True)] = 0
     score_mass: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
     head_weights: str | Path | None = None
+    passages_apart: bool = False
     positions: Literal["reset", "keep"] = "reset"
     gap_marker: str | None = " … "
     drop_empty: bool = False
@@ -116,6 +120,15 @@ class SpecPC(Options):
     @classmethod
     def _one_budget(cls, values: object) -> object:
         return _one_budget(values, 1024)
+
+    @model_validator(mode="after")
+    def _apart_without_guess(self) -> SpecPC:
+        if self.passages_apart and self.lookahead_tokens != 1:
+            raise ValueError(
+                f"passages_apart=True guesses no answer, but lookahead_tokens is "
+                f"{self.lookahead_tokens}: set it to 1."
+            )
+        return self
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> SpecPC:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import sys
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from threading import Lock
@@ -197,6 +197,35 @@ def observing(model: PreTrainedModel, callback: AttentionCallback) -> Iterator[N
         with _LOCK:
             for config in configs:
                 _switch_off(config)
+
+
+class _EnoughError(Exception):
+    """The layers that were wanted have been seen; never leaves this file."""
+
+
+@contextmanager
+def observing_until(
+    model: PreTrainedModel, callback: AttentionCallback | None, last: int
+) -> Iterator[None]:
+    """Let `callback` see the layers up to `last`, behind whose attention the block ends.
+
+    What the block would do after the forward pass is skipped. Of the last layer only queries, keys
+    and values are computed, nothing of the layers above.
+
+    Args:
+        model: As for `observing`.
+        callback: As for `observing`, for looking only; None where nothing but a cache is wanted.
+        last: Index of the last layer that runs.
+    """
+
+    def watch(call: AttentionCall) -> None:
+        if callback is not None:
+            callback(call)
+        if call.layer >= last:
+            raise _EnoughError
+
+    with suppress(_EnoughError), observing(model, watch):
+        yield
 
 
 def own_implementation(config: PreTrainedConfig) -> str:

@@ -17,7 +17,7 @@ from ..models.footprint import explain_out_of_memory
 from ..models.loading import accept, context_window
 from ..prompt.encoder import PromptEncoder, PromptTokens
 from ..types import DraftReading
-from .draft_scores import read_draft
+from .draft_scores import read_draft, read_scores
 
 
 class DraftModel:
@@ -52,13 +52,20 @@ class DraftModel:
             method: Options of SpecPC.
             lookaheads: Tokens that the draft guesses, one number for each prompt.
         """
+        windows = [asking_rows(prompt, method.window_size) for prompt in prompts]
         with self._bar(len(prompts)) as bar:
+            if method.passages_apart or (method.head_weights and max(lookaheads) == 1):
+                found = []
+                for prompt, window in zip(prompts, windows, strict=True):
+                    found.append(read_scores(self.model, prompt, method, window))
+                    bar.update()
+                return found
             return read_draft(
                 self.model,
                 [prompt.ids for prompt in prompts],
                 method,
                 lookahead_tokens=lookaheads,
-                windows=[asking_rows(prompt, method.window_size) for prompt in prompts],
+                windows=windows,
                 done=bar.update,
             )
 

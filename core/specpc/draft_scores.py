@@ -12,9 +12,14 @@ from ..config import Reduction, SpecPC
 from ..errors import ModelError
 from ..kv_cache.greedy import Done, Watch, batches, each, look_ahead
 from ..kv_cache.prefill import mask_left
-from ..models.attention_capture import AttentionCall, observing
+from ..models.attention_capture import AttentionCall, observing, observing_until
+from ..prompt.encoder import PromptTokens
+from ..runtime.limits import check_deadline
 from ..types import DraftReading
+from .apart import read_apart
 from .head_weights import HeadWeights, head_weights
+
+NO_GUESS = torch.tensor([], dtype=torch.int64)
 
 
 def read_draft(
@@ -66,6 +71,44 @@ def read_draft(
         if done is not None:
             done(len(batch))
     return [found[row] for row in range(len(rows))]
+
+
+def read_scores(
+    model: PreTrainedModel, prompt: PromptTokens, options: SpecPC, window: int
+) -> DraftReading:
+    """Score a prompt's tokens without guessing an answer; nothing is kept.
+
+    Layers above the last one of which a head counts are not run, and of that one only queries and
+    keys; with `passages_apart` passages do not see each other (see `apart.py`).
+
+    Args:
+        model: The draft.
+        prompt: The prompt.
+        options: Reduction or learned weights of heads, starting layer and weighting.
+        window: Number of last tokens whose attention counts.
+
+    Raises:
+        ModelError: As for `read_draft`; or passages are to be read apart, and a layer is not plain
+            full attention.
+    """
+    source, size = options.head_weights, len(prompt)
+    heads = None if source is None else head_weights(model, source)
+    window = min(window, options.capacity or size, size)
+    weights = row_weights(torch.tensor([window]), window, options.weighted_query)
+    seen = torch.ones((1, size), dtype=torch.bool, device=model.device)
+    first = 0 if heads else starting_layer(model, options)
+    rows = _Rows(seen, weights.to(model.device), options, first, heads)
+    last = model.config.get_text_config().num_hidden_layers - 1
+    last = last if heads is None else heads.last_layer
+    if options.passages_apart:
+        read_apart(model, prompt, rows, last)
+    else:
+        check_deadline()
+        ids = prompt.ids.to(model.device).unsqueeze(0)
+        with torch.no_grad(), observing_until(model, rows, last):
+            model.get_decoder()(input_ids=ids, use_cache=False)
+    scores = rows.scores()[0].cpu()
+    return DraftReading(scores if heads is None else heads.scores(scores), NO_GUESS)
 
 
 def starting_layer(model: PreTrainedModel, options: SpecPC) -> int:

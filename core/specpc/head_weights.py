@@ -37,6 +37,12 @@ class HeadWeights(TensorValue):
     weights: str  # fingerprint of the draft they were learned for
     about: Mapping[str, Any] = field(default_factory=dict, hash=False)  # how they were learned
 
+    @property
+    def last_layer(self) -> int:
+        """The last layer of which a head counts; nothing above it need be computed."""
+        used = (self.heads != 0).any(1).nonzero()
+        return int(used[-1]) if len(used) else 0
+
     def scores(self, weighed: torch.Tensor) -> torch.Tensor:
         """Positive scores from the weighed sum of all heads, same shape.
 
