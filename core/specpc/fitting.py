@@ -116,7 +116,7 @@ def _keep(
     marker: str | None,
 ) -> tuple[tuple[str, ...], tuple[tuple[tuple[int, int], ...], ...]]:
     """Keep the best units of `tokens` tokens in all; a passage that would grow stays whole."""
-    taken = _affordable(ranked.cost, tokens)
+    taken = affordable(ranked.cost, tokens)
     kept_texts, kept_bounds = [], []
     for index, text in enumerate(texts):
         mine = taken[ranked.passage[taken] == index]
@@ -129,7 +129,7 @@ def _keep(
     return tuple(kept_texts), tuple(kept_bounds)
 
 
-def _affordable(cost: np.ndarray, tokens: int) -> np.ndarray:
+def affordable(cost: np.ndarray, tokens: int) -> np.ndarray:
     """Indices of units taken in order, skipping those that no longer fit."""
     total = np.cumsum(cost)
     whole = int(np.searchsorted(total, tokens, side="right"))

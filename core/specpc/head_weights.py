@@ -21,7 +21,9 @@ from transformers import PreTrainedModel
 from ..errors import ModelError, ModelNotFoundError
 from ..models.attention_capture import AttentionCall, observing
 from ..models.loading import fingerprint
+from ..prompt.encoder import PromptTokens
 from ..types import TensorValue
+from .apart import read_apart
 
 FILE = "head_weights.json"  # beside the draft's own files
 CALIBRATED = "calibrated"  # names that file
@@ -127,12 +129,14 @@ def head_weights(model: PreTrainedModel, source: str | Path) -> HeadWeights:
     return known[path]
 
 
-def read_heads(model: PreTrainedModel, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+def read_heads(
+    model: PreTrainedModel, prompt: torch.Tensor | PromptTokens, weights: torch.Tensor
+) -> torch.Tensor:
     """How strongly the newest rows of a text look at each of its tokens, head by head.
 
     Args:
         model: Any causal model.
-        ids: (tokens,) int64.
+        prompt: (tokens,) int64; or a prompt whose passages are read apart, see `apart.py`.
         weights: (rows,) weights of the newest rows.
 
     Returns:
@@ -142,9 +146,12 @@ def read_heads(model: PreTrainedModel, ids: torch.Tensor, weights: torch.Tensor)
     Raises:
         ModelError: No attention layer could be observed.
     """
-    heads = _Heads(model, ids.numel(), weights)
-    with torch.no_grad(), observing(model, heads):
-        model.get_decoder()(input_ids=ids.unsqueeze(0).to(model.device), use_cache=False)
+    heads = _Heads(model, len(prompt), weights)
+    if isinstance(prompt, PromptTokens):
+        read_apart(model, prompt, heads)
+    else:
+        with torch.no_grad(), observing(model, heads):
+            model.get_decoder()(input_ids=prompt.unsqueeze(0).to(model.device), use_cache=False)
     if not heads.called:
         raise ModelError(
             "No attention layer could be observed: this architecture does not use transformers' "
