@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from copy import deepcopy
 from functools import cache
+from itertools import count
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers import models as zoo
+from transformers.masking_utils import eager_mask
 
 COMMON: dict[str, Any] = {
     "vocab_size": 128,
@@ -65,6 +75,7 @@ _CONFIGS: dict[str, Any] = {
     ),
 }
 NAMES = tuple(_CONFIGS)
+_NUMBERS = count()
 CASES = [
     (name, implementation)
     for name in NAMES
@@ -72,8 +83,6 @@ CASES = [
     # transformers refuses sdpa for soft caps and learned sinks
     if implementation == "eager" or name not in ("gemma2", "gpt_oss")
 ]
-# flex attention compiles for half a minute, so it is tried on a plain and on a soft-capped family
-FLEX_CASES = [("llama", "flex_attention"), ("gemma2", "flex_attention")]
 
 
 def _without(values: dict[str, Any], name: str) -> dict[str, Any]:
@@ -109,6 +118,21 @@ def build_from(config: PreTrainedConfig, implementation: str) -> PreTrainedModel
             parameter.data.normal_(0.0, 1.0, generator=generator)  # GPT-OSS's sinks
     model.generation_config.eos_token_id = None
     return model.float().eval()
+
+
+def fresh(name: str, implementation: str) -> PreTrainedModel:
+    """A model of `build` that a test may change."""
+    return deepcopy(build(name, implementation))
+
+
+def with_attention(model: PreTrainedModel, attention: Callable[..., Any]) -> PreTrainedModel:
+    """A copy of a model whose layers call a function of transformers' attention interface."""
+    name = f"reference_{next(_NUMBERS)}"
+    AttentionInterface.register(name, attention)
+    AttentionMaskInterface.register(name, eager_mask)
+    changed = deepcopy(model)
+    changed.set_attn_implementation(name)
+    return changed
 
 
 def ids(length: int, seed: int = 0) -> torch.Tensor:

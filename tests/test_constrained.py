@@ -163,7 +163,8 @@ def test_one_call_where_calls_may_not_be_parallel() -> None:
         one = Grammar.tool_calls(TOOLS, choice, parallel=False)
         assert fits(one, call)
         assert fits(Grammar.tool_calls(TOOLS, choice), f"{call}\n{call}")
-        assert choice == "auto" or not fits(one, f"{call}\n{call}")
+        # words may follow a call where words are allowed, and they may look like a call
+        assert fits(one, f"{call}\n{call}") == (choice == "auto")
 
 
 @pytest.mark.parametrize("style", ["chatml", "llama3", "llama2", "llama2_legacy", "gemma", "phi3"])

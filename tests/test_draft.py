@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from shutil import which
 from threading import Thread
 
 import pytest
@@ -14,6 +15,8 @@ from draftsieve.core.models.attention_capture import NAME, observing
 from draftsieve.core.specpc.draft_scores import read_draft
 
 from . import families
+
+COMPILERS = [name for name in ("c++", "g++", "clang++") if which(name)]
 
 
 def naive_reading(
@@ -79,30 +82,40 @@ def test_left_padded_batch_gives_each_row_what_it_gets_alone(
         assert found.lookahead_ids.tolist() == alone.lookahead_ids.tolist()
 
 
-@pytest.mark.parametrize(("name", "implementation"), families.FLEX_CASES)
-def test_flex_attention_drafts(name: str, implementation: str) -> None:
+def check_flex_attention(name: str) -> None:
     options = SpecPC(window_size=12, starting_layer=0)
     prompts = [families.ids(length, seed=length) for length in (40, 57)]
-    model = families.build(name, implementation)
+    model = families.build(name, "flex_attention")
     found = read_draft(model, [p[0] for p in prompts], options, lookahead_tokens=1)
     for prompt, row in zip(prompts, found, strict=True):
         expected, _ = naive_reading(families.build(name, "eager"), prompt, options, 1)
         torch.testing.assert_close(row.scores, expected, rtol=2e-4, atol=1e-6)
 
 
+@pytest.mark.skipif(not COMPILERS, reason="torch.compile needs a C++ compiler on CPU")
+def test_flex_attention_drafts() -> None:
+    """As transformers runs it, compiled; that takes a while, so it is tried on one family."""
+    check_flex_attention("llama")
+
+
+# learned sinks need flex attention on CUDA
+@pytest.mark.parametrize("name", [name for name in families.NAMES if name != "gpt_oss"])
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")
+def test_flex_attention_drafts_that_are_not_compiled(name: str) -> None:
+    with torch.compiler.set_stance("force_eager"):
+        check_flex_attention(name)
+
+
 def test_an_end_token_shortens_only_its_own_row() -> None:
-    model = families.build("llama", "sdpa")
+    model = families.fresh("llama", "sdpa")
     options = SpecPC(window_size=8, starting_layer=0)
     prompts = [families.ids(30, seed=1), families.ids(30, seed=2)]
     free = [read_draft(model, p, options, lookahead_tokens=6)[0].lookahead_ids for p in prompts]
     end = int(free[0][1])
     assert end not in free[1].tolist(), "choose other seeds"
     model.generation_config.eos_token_id = [end]
-    try:
-        both = read_draft(model, torch.cat(prompts), options, lookahead_tokens=6)
-        alone = read_draft(model, prompts[0], options, lookahead_tokens=6)[0]
-    finally:
-        model.generation_config.eos_token_id = None
+    both = read_draft(model, torch.cat(prompts), options, lookahead_tokens=6)
+    alone = read_draft(model, prompts[0], options, lookahead_tokens=6)[0]
     cut = free[0].tolist().index(end) + 1
     assert both[0].lookahead_ids.tolist() == free[0].tolist()[:cut]
     assert both[1].lookahead_ids.tolist() == free[1].tolist()

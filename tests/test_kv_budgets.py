@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 import torch
 from pydantic import ValidationError
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.masking_utils import eager_mask
+from transformers import PreTrainedModel
 
 from draftsieve import Engine, Generation, Prompt, SpecKV
 from draftsieve.core.errors import ModelError
@@ -73,15 +72,9 @@ def masked_logits(
             logits = torch.cat([logits, s_aux.view(1, -1, 1, 1).expand(*logits.shape[:3], 1)], -1)
         return (logits.softmax(-1)[..., :count] @ values).transpose(1, 2), None
 
-    AttentionInterface.register("per_head_reference", masked)
-    AttentionMaskInterface.register("per_head_reference", eager_mask)
-    before = model.config._attn_implementation
-    model.config._attn_implementation_internal = "per_head_reference"
-    try:
-        with torch.no_grad():
-            return model(input_ids=ids.unsqueeze(0), use_cache=False).logits[0, size - 1 :]
-    finally:
-        model.config._attn_implementation_internal = before
+    reference = families.with_attention(model, masked)
+    with torch.no_grad():
+        return reference(input_ids=ids.unsqueeze(0), use_cache=False).logits[0, size - 1 :]
 
 
 CASES = [("llama", "sdpa", ADAPTIVE), ("llama", "sdpa", PYRAMID)]

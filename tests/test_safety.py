@@ -48,7 +48,8 @@ def test_hostile_passages_give_no_control_token(style: str) -> None:
             mine = tokens.passage == index
             spans = zip(tokens.start[mine].tolist(), tokens.end[mine].tolist(), strict=True)
             found = "".join(text[start:end] for start, end in dict.fromkeys(spans))
-            assert found == text or not text.strip()  # templates trim blank ends of a message
+            blank = not text.strip()  # templates trim blank ends of a message
+            assert found == text or (blank and found == "")
 
 
 @pytest.mark.parametrize("unit", ["token", "sentence"])

@@ -8,8 +8,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.masking_utils import eager_mask
+from transformers import PreTrainedModel
 
 from draftsieve import Engine, Generation, Prompt, SpecKV, SpecKVPC, SpecPC
 from draftsieve.core.errors import ConfigError
@@ -226,15 +225,9 @@ def _reference(
         seen = _visible(columns, total, options.prefill_window_size)
         return _naive(*states, seen, scaling, softcap, s_aux).transpose(0, 1)[None], None
 
-    AttentionInterface.register("sparse_reference", attention)
-    AttentionMaskInterface.register("sparse_reference", eager_mask)
-    before = model.config._attn_implementation
-    model.config._attn_implementation_internal = "sparse_reference"
-    try:
-        with torch.no_grad():
-            model(input_ids=torch.cat([prompt, guess]).unsqueeze(0), use_cache=False)
-    finally:
-        model.config._attn_implementation_internal = before
+    reference = families.with_attention(model, attention)
+    with torch.no_grad():
+        reference(input_ids=torch.cat([prompt, guess]).unsqueeze(0), use_cache=False)
     return found
 
 

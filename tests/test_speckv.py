@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -14,12 +12,9 @@ from pydantic import ValidationError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
-    AttentionInterface,
-    AttentionMaskInterface,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
-from transformers.masking_utils import eager_mask
 
 from draftsieve import Engine, Generation, Prompt, SpecKV, SpecKVPC, SpecPC
 from draftsieve.core.errors import BudgetError, ConfigError, ModelError
@@ -166,9 +161,8 @@ def test_decoding_over_kept_entries_equals_a_masked_full_forward(
     prompt = families.ids(70)[0]
     done = evict(model, [prompt], [families.ids(4, seed=9)[0]], SpecKV(window_size=6), [30])
     found = [t for (t,) in next_tokens(model, [prompt], Generation(max_new_tokens=6), done.start)]
-    eager = families.build(name, "eager")
-    with only_kept(eager, done, 70):
-        assert found == _greedy(eager, prompt, 6)
+    masked = only_kept(families.build(name, "eager"), done, 70)
+    assert found == _greedy(masked, prompt, 6)
 
 
 @pytest.mark.parametrize("name", ["gemma3", "qwen3", "gpt_oss"])
@@ -182,12 +176,11 @@ def test_sliding_layers_forget_the_lookahead(name: str) -> None:
         evict(model, [prompt, prompt[:40]], [prompt[:2]] * 2, SpecKV(window_size=4), [20, 20])
 
 
-@contextmanager
-def only_kept(model: PreTrainedModel, done: Eviction, columns: int) -> Iterator[None]:
-    """Full attention where queries from the last prompt token on see only kept prompt keys.
+def only_kept(model: PreTrainedModel, done: Eviction, columns: int) -> PreTrainedModel:
+    """A copy with full attention: from the last prompt token on queries see only kept prompt keys.
 
     Args:
-        model: Reads whole sequences inside the block, without a cache.
+        model: The copy is to read whole sequences, without a cache.
         done: Of left-padded prompts.
         columns: Of the prompts with their padding.
     """
@@ -217,14 +210,7 @@ def only_kept(model: PreTrainedModel, done: Eviction, columns: int) -> Iterator[
             logits = torch.cat([logits, s_aux.view(1, -1, 1, 1).expand(*logits.shape[:3], 1)], -1)
         return (logits.softmax(-1)[..., :count] @ values).transpose(1, 2), None
 
-    AttentionInterface.register("masked_reference", masked)
-    AttentionMaskInterface.register("masked_reference", eager_mask)
-    before = model.config._attn_implementation
-    model.config._attn_implementation_internal = "masked_reference"
-    try:
-        yield
-    finally:
-        model.config._attn_implementation_internal = before
+    return families.with_attention(model, masked)
 
 
 def _greedy(model: PreTrainedModel, prompt: torch.Tensor, steps: int) -> list[int]:
@@ -248,6 +234,7 @@ def test_transformers_generate_takes_an_evicted_cache() -> None:
 
     done = run()
     ours = [t for (t,) in next_tokens(model, [prompt], SHORT, done.start)]
+    masked = only_kept(model, done, 60)
     greedy: dict[str, object] = {"max_new_tokens": 10, "do_sample": False}
     sampled = {"do_sample": True, "temperature": 1.3, "top_p": 0.9, "repetition_penalty": 1.1}
     for options in (greedy, greedy | {"repetition_penalty": 1.5}, greedy | sampled):
@@ -255,8 +242,7 @@ def test_transformers_generate_takes_an_evicted_cache() -> None:
         cache = run().start.cache
         found = model.generate(ids, attention_mask=mask, past_key_values=cache, **options)
         torch.manual_seed(0)
-        with only_kept(model, done, 60):
-            wanted = model.generate(ids, attention_mask=mask, use_cache=False, **options)
+        wanted = masked.generate(ids, attention_mask=mask, use_cache=False, **options)
         torch.manual_seed(0)
         plain = model.generate(ids, attention_mask=mask, **options)
         assert found.tolist() == wanted.tolist() != plain.tolist()
@@ -279,8 +265,8 @@ def test_transformers_generate_takes_an_evicted_batch() -> None:
         past_key_values=done.start.cache,
         **greedy,
     )
-    with only_kept(model, done, 60):
-        wanted = model.generate(ids, attention_mask=mask, use_cache=False, **greedy)
+    masked = only_kept(model, done, 60)
+    wanted = masked.generate(ids, attention_mask=mask, use_cache=False, **greedy)
     plain = model.generate(ids, attention_mask=mask, **greedy)
     assert found.tolist() == wanted.tolist()
     same = (found == plain).all(1)  # (batch,)
@@ -297,8 +283,7 @@ def test_beams_work_after_repeating_the_batch() -> None:
     options = {"max_new_tokens": 6, "num_beams": 3, "do_sample": False}
     options["attention_mask"] = torch.ones_like(ids)
     found = model.generate(ids, past_key_values=cache, **options)
-    with only_kept(model, done, 60):
-        wanted = model.generate(ids, use_cache=False, **options)
+    wanted = only_kept(model, done, 60).generate(ids, use_cache=False, **options)
     assert found.tolist() == wanted.tolist() != model.generate(ids, **options).tolist()
 
 
@@ -465,8 +450,8 @@ def test_a_target_looks_ahead_by_itself(name: str) -> None:
     found = own_lookahead(model, prompt, options, 20, 8)
     plain = _greedy(model, prompt, 8)
     snapkv = SpecKV(scorer="snapkv", window_size=4)
-    with only_kept(model, evict(model, [prompt], [prompt[:0]], snapkv, [20]), 70):
-        evicted = _greedy(model, prompt, 8)
+    done = evict(model, [prompt], [prompt[:0]], snapkv, [20])
+    evicted = _greedy(only_kept(model, done, 70), prompt, 8)
     assert plain != evicted
     assert found.tolist() == (plain if name == "oracle" else evicted)
 
