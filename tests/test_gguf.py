@@ -8,6 +8,7 @@ from pathlib import Path
 import gguf
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from draftsieve import Compressor, Engine, Generation, Prompt, Quantization, SpecPC
 from draftsieve.core.errors import MissingExtraError, ModelError, ModelNotFoundError
@@ -118,6 +119,31 @@ def test_a_loaded_model_can_be_saved_as_safetensors(file: Path, tmp_path: Path) 
     assert end_token_ids(again.model).tolist() == [2, 0]
 
 
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+def test_llama_31s_position_scaling_is_read(tmp_path: Path) -> None:
+    """transformers drops the tensor that holds it."""
+    config = tiny_gguf.model().config.to_dict() | {"tie_word_embeddings": True}
+    config["rope_parameters"] = {**LLAMA3, "rope_theta": 500_000.0}
+    written = LlamaForCausalLM(LlamaConfig(**config)).eval()
+    written.load_state_dict(tiny_gguf.model().state_dict())
+    plain = 500_000.0 ** -(torch.arange(8) / 8)
+    factors = plain / written.model.rotary_emb.inv_freq
+    assert 1 < factors.max() <= 8
+    file = tiny_gguf.write(tmp_path / "tiny.gguf", theta=500_000.0, rope_factors=factors)
+    assert torch.allclose(_logits(load_model(file).model), _logits(written), atol=1e-5)
+    odd = tiny_gguf.write(tmp_path / "odd.gguf", theta=500_000.0, rope_factors=factors + 0.5)
+    with pytest.raises(ModelError, match="scales positions"):
+        load_model(odd)
+
+
 def test_engine_and_compressor_take_files(file: Path) -> None:
     engine = Engine.load(file, file.parent, draft_gguf_file=file.name, progress=False)
     short = Generation(max_new_tokens=4)
@@ -208,7 +234,7 @@ def test_the_missing_package_is_named_with_its_command(
 ) -> None:
     found = importlib.util.find_spec
     monkeypatch.setattr(
-        "draftsieve.core.models.gguf.find_spec",
+        "draftsieve.core.models.gguf_file.find_spec",
         lambda name: None if name == "gguf" else found(name),
     )
     with pytest.raises(MissingExtraError, match=r'pip install "draftsieve\[gguf\]"'):

@@ -89,6 +89,8 @@ def write(
     architecture: str = "llama",
     fields: Mapping[str, Any] | None = None,
     control: Mapping[int, str] | None = None,
+    theta: float = 5000.0,
+    rope_factors: torch.Tensor | None = None,
 ) -> Path:
     """Write the model and its tokenizer.
 
@@ -98,6 +100,8 @@ def write(
         architecture: What the file calls itself.
         fields: More unsigned integers.
         control: Other names for control tokens, by id.
+        theta: Base of the rotations.
+        rope_factors: (8,) what each of them is slowed down by.
     """
     config = model().config
     writer = gguf.GGUFWriter(path, architecture)
@@ -108,12 +112,14 @@ def write(
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_rope_freq_base(theta)
     writer.add_rope_dimension_count(config.head_dim)
     writer.add_vocab_size(config.vocab_size)
     for name, value in (fields or {}).items():
         writer.add_uint32(name, value)
     _write_tokenizer(writer, control or {})
+    if rope_factors is not None:
+        writer.add_tensor("rope_freqs.weight", rope_factors.float().numpy())
     for name, weights in model().state_dict().items():
         if name != "lm_head.weight":
             _write_tensor(writer, name, weights, kind)

@@ -140,7 +140,7 @@ def fetch(model: Published, *, progress: bool = True, timeout: float | None = No
     place = folder(model)
     if fetched(model):
         return place
-    from .gguf import require_gguf  # brings torch, which a list of models can do without
+    from .gguf_file import require_gguf  # brings torch, which a list of models can do without
 
     require_gguf(f"The model {model.name!r}")
     work = place.with_name(f".{place.name}.partial")

@@ -26,7 +26,8 @@ from ..config import Quantization
 from ..errors import DraftSieveError, ModelError, ModelNotFoundError
 from .bars import progress_bars
 from .footprint import explain_out_of_memory, footprint, is_out_of_memory
-from .gguf import find_gguf, gguf_tokenizer, load_gguf, read_gguf
+from .gguf import gguf_tokenizer, load_gguf
+from .gguf_file import find_gguf, read_gguf
 from .hub import hub_obstacle
 from .names import missing, resolve
 
