@@ -7,8 +7,6 @@ from dataclasses import dataclass, field, fields
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 if TYPE_CHECKING:  # what only retrieves needs no torch
     import torch
 
@@ -62,6 +60,7 @@ class TensorValue:
 
 def _equal(ours: Any, theirs: Any) -> bool:
     """Equality of two fields, which may be tensors, arrays or sequences of them."""
+    import numpy as np
     import torch
 
     if isinstance(ours, torch.Tensor) and isinstance(theirs, torch.Tensor):

@@ -1,9 +1,9 @@
 """`make demo`: ask a handbook with and without compression, then count surviving answers.
 
 Part 1 asks 40 questions of an invented organisation's handbook and compares the target's answers
-on everything that was retrieved with its answers on what SpecPC kept. Part 2 takes real paragraphs
-and measures how often the characters of the answer survive, against simple baselines that keep as
-many tokens. Runs without a network; `--all` takes all 810 questions of part 2.
+on everything that was retrieved with its answers on what SpecPC kept. Part 2 asks the language
+reference that each Python carries, and measures how often the characters of the answer survive,
+against simple baselines that keep as many tokens. Runs without a network.
 """
 
 from __future__ import annotations
@@ -32,8 +32,11 @@ from draftsieve.core.evaluation.baselines import (
     truncation_head,
 )
 from draftsieve.core.evaluation.intervals import paired_difference, wilson
-from draftsieve.core.evaluation.squad import Item, build_items, read_article, sample_questions
+from draftsieve.core.evaluation.python_reference import read_reference
+from draftsieve.core.evaluation.realtext.contexts import Around, real_items
+from draftsieve.core.evaluation.realtext.rankings import by_words
 from draftsieve.core.evaluation.survival import Method, Outcome, compression, measure
+from draftsieve.core.evaluation.tasks import EvalItem
 from draftsieve.integrations.cli import main as cli
 from draftsieve.integrations.cli.render import highlighted
 from draftsieve.integrations.html_view import render_html
@@ -41,10 +44,9 @@ from draftsieve.retrievers.bm25 import Bm25Index
 from draftsieve.retrievers.folder import read_folder
 
 DATA = Path(__file__).resolve().parent / "data"
-SQUAD = DATA / "squad" / "squad_v1.1_super_bowl_50.json"
 SEED = 2026
 HANDBOOK_TOKENS, HANDBOOK_METHOD = 1500, SpecPC.preset("2026-11", ratio=0.3)
-ARTICLE_TOKENS, ARTICLE_RATIO = 1800, 0.25
+REFERENCE_TOKENS, REFERENCE_RATIO = 1800, 0.25
 SHOWN, HIGHLIGHTED = 8, 2  # questions printed in full, and those with their kept text
 out = Console(markup=False, highlight=False, emoji=False)
 if not out.is_terminal:
@@ -82,9 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     first = asked[0]
     page = render_html(first.question, first.kept, first.kept.context, first.passages)
     options.html.write_text(page, encoding="utf-8")
-    outcomes = survival(
-        compressor, None if options.all else options.article_questions, quiet=options.quiet
-    )
+    outcomes = survival(compressor, options.reference_questions, quiet=options.quiet)
     show_survival(outcomes)
     show_summary(asked, outcomes)
     out.print(f"Kept text of the first question as a web page: {options.html}")
@@ -170,17 +170,15 @@ def _show_best(row: Asked, count: int) -> None:
         out.print(highlighted(row.passages[place], place, context, styled=out.is_terminal))
 
 
-# ---------------------------------------------------------------- part 2: the article
+# ---------------------------------------------------------------- part 2: the language reference
 
 
-def survival(compressor: Compressor, limit: int | None, *, quiet: bool) -> list[Outcome]:
+def survival(compressor: Compressor, limit: int, *, quiet: bool) -> list[Outcome]:
     """Run SpecPC and the baselines over the same items, at the size that SpecPC used."""
-    article = read_article(SQUAD)
-    questions = sample_questions(article, limit or len(article.questions), SEED)
-    count = compressor.count_tokens
-    items = build_items(
-        article, questions, bm25_scores, count, max_tokens=ARTICLE_TOKENS, seed=SEED
-    )
+    reference, count = read_reference(DATA / "python_reference.jsonl"), compressor.count_tokens
+    around = Around("bm25", REFERENCE_TOKENS, by_words())
+    found = real_items(reference, around, count, count=limit, seed=SEED)
+    items = [item for item in found if item.evidence]  # the others are answered nowhere
     outcomes: list[Outcome] = []
     for name, method in methods(compressor).items():
         budgets = outcomes[0].kept_tokens if outcomes else (0,) * len(items)
@@ -190,48 +188,34 @@ def survival(compressor: Compressor, limit: int | None, *, quiet: bool) -> list[
 
 def methods(compressor: Compressor) -> dict[str, Method]:
     """SpecPC, whose size is the budget of the others, its sentence units, and the baselines."""
-    count = compressor.count_tokens
+    count, score = compressor.count_tokens, by_words()
 
-    def sentences(item: Item, budget: int) -> Kept:
-        return ranked_sentences(item.question.text, texts(item), budget, count, bm25_scores)
+    def sentences(item: EvalItem, budget: int) -> Kept:
+        return ranked_sentences(item.question, item.passages, budget, count, score)
 
-    def passages(item: Item, budget: int) -> Kept:
-        return ranked_passages(item.question.text, texts(item), budget, count, bm25_scores)
+    def passages(item: EvalItem, budget: int) -> Kept:
+        return ranked_passages(item.question, item.passages, budget, count, score)
 
-    def chance(item: Item, budget: int) -> Kept:
-        return random_sentences(texts(item), budget, count, f"{SEED}:{item.question.id}")
+    def chance(item: EvalItem, budget: int) -> Kept:
+        return random_sentences(item.passages, budget, count, f"{SEED}:{item.id}")
 
     return {
-        "SpecPC": compression(compressor, SpecPC(ratio=ARTICLE_RATIO)),
-        "SpecPC, preset": compression(compressor, SpecPC.preset("2026-11", ratio=ARTICLE_RATIO)),
+        "SpecPC": compression(compressor, SpecPC(ratio=REFERENCE_RATIO)),
+        "SpecPC, preset": compression(compressor, SpecPC.preset("2026-11", ratio=REFERENCE_RATIO)),
         "BM25 sentences": sentences,
         "BM25 passages": passages,
-        "truncation": lambda item, budget: truncation_head(texts(item), budget, count),
+        "truncation": lambda item, budget: truncation_head(item.passages, budget, count),
         "random sentences": chance,
     }
-
-
-def bm25_scores(question: str, candidates: Sequence[str]) -> list[float]:
-    """BM25 score of each text; 0 where the index does not return it."""
-    numbered = [Passage(text, id=str(place)) for place, text in enumerate(candidates)]
-    scores = [0.0] * len(numbered)
-    for passage, score in Bm25Index.from_passages(numbered).search(question, len(numbered)):
-        scores[int(passage.id or 0)] = score
-    return scores
-
-
-def texts(item: Item) -> list[str]:
-    """The passages' texts."""
-    return [passage.text for passage in item.passages]
 
 
 def show_survival(outcomes: Sequence[Outcome]) -> None:
     """Print survival with 95 % intervals, and what SpecPC wins or loses against each other."""
     total = len(outcomes[0].at_offset)
     out.print()
-    out.rule("Article: do the answer's characters survive?")
+    out.rule("Python's language reference: do the answer's characters survive?")
     table = Table(
-        "method", title=f"{total} questions, about {ARTICLE_RATIO:.0%} kept, 95 % intervals"
+        "method", title=f"{total} questions, about {REFERENCE_RATIO:.0%} kept, 95 % intervals"
     )
     for head in ("tokens kept", "at the marked place", "text readable", "ms a question"):
         table.add_column(head, justify="right")
@@ -275,7 +259,7 @@ def show_summary(asked: Sequence[Asked], outcomes: Sequence[Outcome]) -> None:
     found = sum(row.found for row in asked)
     out.print(f"The retriever found the right document for {found} of {total} questions.")
     best = max(outcomes, key=lambda outcome: sum(outcome.at_offset))
-    out.print(f"Most surviving answers on the article: {best.name}.")
+    out.print(f"Most surviving answers on the language reference: {best.name}.")
 
 
 def _rate(hits: int, total: int) -> str:
@@ -292,8 +276,7 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--target", default="builtin:target")
     parser.add_argument("--draft", default="builtin:draft")
     parser.add_argument("--questions", type=int, default=40, help="handbook questions")
-    parser.add_argument("--article-questions", type=int, default=200, help="seeded subset")
-    parser.add_argument("--all", action="store_true", help="all questions of the article")
+    parser.add_argument("--reference-questions", type=int, default=120, help="seeded subset")
     parser.add_argument("--html", type=Path, default=Path("demo_output/kept.html"))
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     return parser.parse_args(argv)

@@ -13,7 +13,7 @@ Bounds = tuple[int, int]  # character start and end (exclusive)
 _LINE = re.compile(r"[^\n]*\n?")
 _HEADING = re.compile(r"#{1,6}\s")
 _FENCES = ("```", "~~~")
-_BREAKS = (re.compile(r"\n"), re.compile(r"(?<=[.!?。!?])\s+"), re.compile(r"\s+"))
+_BREAKS = (re.compile(r"\n"), re.compile(r"(?<=[.!?。\uff01\uff1f])\s+"), re.compile(r"\s+"))
 
 
 def paragraphs(text: str, *, limit: int = LIMIT) -> list[Bounds]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, zip_longest
@@ -12,10 +13,11 @@ from pathlib import Path
 
 from .errors import DocumentError
 from .extras import require
-from .wrapping import is_full, unwrapped
+from .wrapping import is_continued, unwrapped
 
 FALLBACK = "cp1252"
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
+_LIGATURES = {code: unicodedata.normalize("NFKC", chr(code)) for code in range(0xFB00, 0xFB07)}
 _UNREAD = ("script", "style", "template", "noscript", "nav")  # of a web page
 
 
@@ -94,7 +96,8 @@ def _pdf(path: Path) -> Document:
         reader = PdfReader(path)
         if reader.is_encrypted and not reader.decrypt(""):
             raise DocumentError("it is locked with a password")
-        pages = [_reflowed(page.extract_text()) for page in reader.pages]
+        texts = (page.extract_text().translate(_LIGATURES) for page in reader.pages)
+        pages = [_reflowed(text) for text in texts]
     except DocumentError:
         raise
     except Exception as error:
@@ -104,12 +107,12 @@ def _pdf(path: Path) -> Document:
 
 
 def _reflowed(page: str) -> str:
-    """A page's lines joined where they were full, words that were divided in one piece."""
+    """A page's lines joined where a sentence goes on, words that were divided in one piece."""
     lines = [line.strip() for line in page.split("\n")]
     width = max(map(len, lines))
     text = ""
     for line, after in zip(lines, [*lines[1:], ""], strict=True):
-        joins = after and line and is_full(line, after, width)
+        joins = after and line and is_continued(line, after, width)
         divided = joins and line[-1] == "-" and after[0].islower()
         text += line[:-1] if divided else line + (" " if joins else "\n")
     return text.strip()

@@ -2,36 +2,48 @@
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Iterator
 
 _LEAST = 40  # characters of the longest line of wrapped prose
 _FENCE = re.compile(r"\s*(```|~~~)")
 _ALONE = re.compile(r"\s*$|\s*(#{1,6}\s|\||\W{3,}$|\.\.)")  # blank, heading, table, rule, directive
+_ENDS = re.compile(r"[.!?:;\u2026\u3002\uff01\uff1a\uff1b\uff1f][\"'”’»)\]*_]*\s*$")
 # What begins something new: items of lists, quotes, rows of a log, code.
 _BEGINS = re.compile(r"\s*([>:*+•·–-]|(\d{1,3}|[A-Za-z])[.)]\s|\d+[-/:.]\d+)|\s{4}|\t")
 
 
 def unwrapped(text: str) -> str:
-    """Put a space for each line break inside a wrapped paragraph; the length stays the same.
+    """Put a space for each line break inside a sentence that was wrapped; the length stays.
 
-    A paragraph counts as wrapped if no line but its last had much room behind it.
-    Headings, lists, tables, quotes, code and lines with a hard break (two spaces at the end) stay.
+    A paragraph counts as wrapped if each of its lines is continued (see `is_continued`) or ends a
+    sentence. Headings, lists, tables, quotes, code and lines with a hard break (two spaces at the
+    end) stay.
     """
     lines = text.split("\n")
     breaks = ["\n"] * len(lines)  # behind each line
     for first, last in _runs(lines):
-        pairs = zip(lines[first : last - 1], lines[first + 1 : last], strict=True)
         width = max(len(line) for line in lines[first:last])
-        if width >= _LEAST and all(is_full(line, after, width) for line, after in pairs):
-            breaks[first : last - 1] = " " * (last - 1 - first)
+        continued = [is_continued(lines[i], lines[i + 1], width) for i in range(first, last - 1)]
+        ended = [_ENDS.search(line) is not None for line in lines[first : last - 1]]
+        if width >= _LEAST and all(map(operator.or_, continued, ended)):
+            breaks[first : last - 1] = [" " if goes_on else "\n" for goes_on in continued]
     return "".join(line + end for line, end in zip(lines, breaks, strict=True))[:-1]
 
 
-def is_full(line: str, following: str, width: int) -> bool:
-    """Whether a line with the following one's first word fills five sixths of the width."""
+def is_continued(line: str, following: str, width: int) -> bool:
+    """Whether a sentence goes on in the following line of a paragraph whose lines are so wide.
+
+    It does if that begins with a small letter, or if this one ends no sentence and would fill five
+    sixths of the width together with the following one's first word.
+    """
+    if line.endswith("  "):
+        return False
+    if following.lstrip()[:1].islower():
+        return True
     filled = len(line) + 1 + len(following.split(maxsplit=1)[0])
-    return filled > width - width // 6 and line[-2:] != "  "
+    return filled > width - width // 6 and not _ENDS.search(line)
 
 
 def _runs(lines: list[str]) -> Iterator[tuple[int, int]]:

@@ -21,7 +21,7 @@ from draftsieve import __version__
 from draftsieve.core.config import DEFAULT_METHOD, Method, SpecKV, SpecKVPC, SpecPC
 from draftsieve.core.errors import ConfigError, ModelNotFoundError
 from draftsieve.integrations import cli
-from draftsieve.integrations.cli.entry import BROKEN_PIPE, INTERRUPTED
+from draftsieve.integrations.cli.entry import BROKEN_PIPE
 from draftsieve.integrations.cli.method import read_method
 from draftsieve.integrations.cli.parser import build_parser
 from draftsieve.integrations.cli.render import printable
@@ -140,7 +140,7 @@ def test_ask_json_names_what_was_kept_of_each_source(
 def test_ask_without_compression_needs_no_draft(
     ask: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    result = run_json([*ask, "--method", "none", "--draft", "no/such/model"], capsys)
+    result = run_json([*ask, "--method", "none", "--draft", "no-such/model"], capsys)
     assert result["compression"] is None
     assert result["usage"]["prompt_tokens"] == result["usage"]["original_prompt_tokens"]
     assert "spans" not in result["sources"][0]
@@ -398,7 +398,7 @@ def test_a_file_that_is_not_text_is_an_error(
         ("compress q --file {file} --bits 5", "--bits"),
         ("ask q --docs . --html no/such/page.html", "there is no folder 'no/such'"),
         ("ask q --docs . --html {folder}", "is a folder: give a file"),
-        ("ask q --docs . --target ./no-model", "'./no-model' does not exist"),
+        ("ask q --docs . --target ./no-model", "There is no model './no-model'"),
         ("ask q --docs . --draft builtin:large", "There is no bundled model 'builtin:large'"),
         ("ask q --docs . --draft-store no.safetensors", "there is no file"),
         ("ask q --docs . --set lexical_wieght=1", "Did you mean lexical_weight"),
@@ -454,7 +454,14 @@ def test_mistakes_are_told_without_torch(docs: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("option", "name"), [("--methods", "foo"), ("--tasks", "foo"), ("--reference", "foo")]
+    ("option", "name"),
+    [
+        ("--methods", "foo"),
+        ("--tasks", "foo"),
+        ("--reference", "foo"),
+        ("--suite", "foo"),
+        ("--suite=python", "--contexts=foo"),
+    ],
 )
 def test_eval_knows_its_names_before_models_are_loaded(
     option: str, name: str, capsys: pytest.CaptureFixture[str]
@@ -483,7 +490,7 @@ def test_an_interrupt_ends_quietly(tmp_path: Path) -> None:
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=60)
     assert err == b"draftsieve: interrupted\n"
-    assert process.returncode == INTERRUPTED
+    assert process.returncode == cli.INTERRUPTED
 
 
 # ---------------------------------------------------------------- options of methods
@@ -614,7 +621,7 @@ def test_the_bundled_pair_answers_from_a_folder(
 
 def test_the_demo_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page = tmp_path / "out" / "kept.html"
-    options = ["--questions", "1", "--article-questions", "2", "--html", str(page), "--quiet"]
+    options = ["--questions", "1", "--reference-questions", "2", "--html", str(page), "--quiet"]
     assert demo.main(options) == 0
     out = capsys.readouterr().out
     assert "BM25 sentences" in out

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
 from draftsieve.core.compressor import Compressor
 from draftsieve.core.config import SpecPC
 from draftsieve.core.evaluation.baselines import (
+    Kept,
     kept_text,
     kept_tokens,
     random_sentences,
@@ -21,7 +23,6 @@ from draftsieve.core.evaluation.intervals import paired_difference, wilson
 from draftsieve.core.evaluation.squad import (
     AcceptedAnswer,
     Article,
-    Item,
     Question,
     build_items,
     read_article,
@@ -33,11 +34,23 @@ from draftsieve.core.evaluation.survival import (
     survives_as_text,
     survives_at_offset,
 )
-from draftsieve.core.types import Passage
+from draftsieve.core.evaluation.tasks import EvalItem, Place, evidence_around
 
 from .adapters_fixtures import QUESTION, TEXTS, tiny_model, tiny_tokenizer
 
-SQUAD = Path(__file__).parents[1] / "examples/data/squad/squad_v1.1_super_bowl_50.json"
+
+@pytest.fixture
+def article() -> Article:
+    """Forty paragraphs of invented text, with two questions each."""
+    paragraphs, questions = [], []
+    for n in range(40):
+        text = f"Boat {n} has {n} sails. Its captain {n} comes from port {n % 7}."
+        for answer in (f"{n} sails", f"port {n % 7}"):
+            start = text.index(answer)
+            accepted = AcceptedAnswer(answer, start, start + len(answer))
+            questions.append(Question(f"{n}-{start}", f"What of boat {n}?", n, (accepted,)))
+        paragraphs.append(text)
+    return Article(tuple(paragraphs), tuple(questions))
 
 
 def words(text: str) -> int:
@@ -143,15 +156,6 @@ def test_random_sentences_depend_on_the_seed_alone() -> None:
 # ---------------------------------------------------------------- data
 
 
-def test_the_article_is_whole_and_its_offsets_are_right() -> None:
-    article = read_article(SQUAD)
-    assert (len(article.paragraphs), len(article.questions)) == (54, 810)
-    for question in article.questions:
-        for answer in question.answers:
-            found = article.paragraphs[question.paragraph][answer.start : answer.end]
-            assert found == answer.text
-
-
 def test_read_article_trims_answers_and_skips_unanswerable_questions(tmp_path: Path) -> None:
     asked = [
         {"id": "1", "question": "who?", "answers": [{"text": " Bob ", "answer_start": 4}]},
@@ -164,8 +168,7 @@ def test_read_article_trims_answers_and_skips_unanswerable_questions(tmp_path: P
     assert article.questions == (Question("1", "who?", 0, (AcceptedAnswer("Bob", 5, 8),)),)
 
 
-def test_samples_are_seeded_and_in_order() -> None:
-    article = read_article(SQUAD)
+def test_samples_are_seeded_and_in_order(article: Article) -> None:
     chosen = sample_questions(article, 20, seed=5)
     assert chosen == sample_questions(article, 20, seed=5)
     assert len(chosen) == 20
@@ -187,54 +190,65 @@ def test_items_hold_the_gold_paragraph_and_the_best_that_fit() -> None:
     assert [item] == build_items(article, [question], common_words, words, max_tokens=7)
 
 
-def test_the_gold_paragraph_moves_about() -> None:
-    article = read_article(SQUAD)
-    items = build_items(article, article.questions[:30], common_words, words, max_tokens=900)
+def test_the_gold_paragraph_moves_about(article: Article) -> None:
+    items = build_items(article, article.questions[:30], common_words, words, max_tokens=90)
     assert len({item.gold for item in items}) > 3
 
 
 # ---------------------------------------------------------------- survival
 
 
-def item(answers: list[AcceptedAnswer], text: str = "The Denver Broncos won. Denver lost.") -> Item:
-    question = Question("q", "Who won?", 0, tuple(answers))
-    return Item(question, (Passage("Denver Broncos"), Passage(text)), gold=1)
+def item(
+    answers: list[AcceptedAnswer],
+    text: str = "The Onda Rowers won. Onda lost.",
+    need: Literal["any", "all"] = "any",
+) -> EvalItem:
+    """A question about the second of two passages."""
+    texts = ("Onda Rowers", text)
+    evidence = tuple(evidence_around(texts, Place(1, a.start, a.end)) for a in answers)
+    said = tuple(answer.text for answer in answers)
+    return EvalItem("i", "sport/all", 9, "Who won?", texts, said, need, evidence, None)
 
 
-BRONCOS = AcceptedAnswer("Denver Broncos", 4, 18)
+ROWERS = AcceptedAnswer("Onda Rowers", 4, 15)
 
 
 @pytest.mark.parametrize(
     ("kept", "at_offset", "as_text"),
     [
-        (((), ((0, 23),)), True, True),
-        (((), ((4, 18),)), True, True),
-        (((), ((4, 10), (11, 18))), True, True),  # only the space between is missing
-        (((), ((4, 10), (12, 18))), False, False),
-        (((), ((4, 17),)), False, False),
-        ((((0, 14),), ()), False, False),  # the words stand in the wrong passage
+        (((), ((0, 20),)), True, True),
+        (((), ((4, 15),)), True, True),
+        (((), ((4, 8), (9, 15))), True, True),  # only the space between is missing
+        (((), ((4, 8), (10, 15))), False, False),
+        (((), ((4, 14),)), False, False),
+        ((((0, 11),), ()), False, False),  # the words stand in the wrong passage
         (((), ()), False, False),
     ],
 )
-def test_survival_of_one_answer(kept: tuple, at_offset: bool, as_text: bool) -> None:  # type: ignore[type-arg]
-    assert survives_at_offset(item([BRONCOS]), kept) is at_offset
-    assert survives_as_text(item([BRONCOS]), kept) is as_text
+def test_survival_of_one_answer(kept: Kept, at_offset: bool, as_text: bool) -> None:
+    assert survives_at_offset(item([ROWERS]), kept) is at_offset
+    assert survives_as_text(item([ROWERS]), kept) is as_text
 
 
 def test_another_occurrence_counts_as_text_only() -> None:
-    denver = AcceptedAnswer("denver", 4, 10)
-    kept = ((), ((24, 36),))  # "Denver lost."
-    assert not survives_at_offset(item([denver]), kept)
-    assert survives_as_text(item([denver]), kept)
+    onda = AcceptedAnswer("onda", 4, 8)
+    kept = ((), ((21, 31),))  # "Onda lost."
+    assert not survives_at_offset(item([onda]), kept)
+    assert survives_as_text(item([onda]), kept)
 
 
-def test_one_accepted_answer_is_enough() -> None:
-    assert survives_at_offset(item([BRONCOS, AcceptedAnswer("Denver", 24, 30)]), ((), ((24, 36),)))
+def test_one_accepted_answer_is_enough_unless_all_are_needed() -> None:
+    answers = [ROWERS, AcceptedAnswer("lost", 26, 30)]
+    for kept in (((), ((21, 31),)), ((), ((0, 20),))):
+        for survives in (survives_at_offset, survives_as_text):
+            assert survives(item(answers), kept)
+            assert not survives(item(answers, need="all"), kept)
+            assert survives(item(answers, need="all"), ((), ((0, 31),)))
 
 
 def test_measure_reports_sizes_and_outcomes() -> None:
-    items = [item([BRONCOS]), item([AcceptedAnswer("lost", 31, 35)])]
-    outcome = measure("head", lambda _, budget: ((), ((0, 23),)), items, [4, 4], words)
+    items = [item([ROWERS]), item([AcceptedAnswer("lost", 26, 30)])]
+    outcome = measure("head", lambda _, budget: ((), ((0, 20),)), items, [4, 4], words)
     assert outcome.at_offset == (True, False)
     assert outcome.as_text == (True, False)
     assert outcome.kept_tokens == (4, 4)
@@ -251,11 +265,12 @@ def test_measure_of_nothing_is_empty() -> None:
 @pytest.mark.parametrize("unit", ["token", "sentence"])
 def test_a_compressor_is_a_method_and_its_size_is_that_of_the_prompt(unit: str) -> None:
     compressor = Compressor(tiny_model(32, seed=3), tiny_tokenizer())
-    passages = tuple(Passage(text) for text in TEXTS)
-    question = Question("q", QUESTION, 0, (AcceptedAnswer("seven", 28, 33),))
+    passages = tuple(TEXTS)
+    evidence = (evidence_around(passages, Place(0, 28, 33)),)
+    asked = EvalItem("i", "x/all", 9, QUESTION, passages, ("seven",), "any", evidence, None)
     options = SpecPC(ratio=0.5, unit=unit, window_size=16)  # type: ignore[arg-type]
     method = compression(compressor, options)
-    outcome = measure("x", method, [Item(question, passages, 0)], [0], compressor.count_tokens)
+    outcome = measure("x", method, [asked], [0], compressor.count_tokens)
     stats = compressor.compress(QUESTION, passages, options).stats
     assert stats.compressed
     # a passage's first token may merge with the space after its number in the prompt

@@ -582,6 +582,13 @@ def test_the_command_measures_and_prints(
     assert cli.main(["eval", *options, *data, "--out", str(tmp_path / "own")]) == 0
     assert "## Natural text, 300 tokens" in capsys.readouterr().out
 
+    suite = ["--tasks", "none", "--suite", "python", "--data-items", "1", "--contexts", "random"]
+    assert cli.main(["eval", *options, *suite, "--out", str(tmp_path / "python")]) == 0
+    shown = capsys.readouterr().out
+    assert "## python/random, 300 tokens" in shown
+    assert "| snapkv | 0.25 |" in shown
+    assert "evidence kept" not in shown  # no generated tasks beside it
+
     assert cli.main(["eval", *options, "--seed", "3", "--out", str(tmp_path / "out")]) == 2
     assert "holds the results of another run" in capsys.readouterr().err
     assert cli.main(["eval", "--list"]) == 0

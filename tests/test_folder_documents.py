@@ -118,6 +118,8 @@ def test_wrapped_sentences_stay_whole_at_their_offsets(name: str, tmp_path: Path
         "| The ferry to Holm | seven | daily |\n| The ferry to Vik | ten | daily |",
         "```\nfor ferry in all_ferries_of_the(harbour):\n    leave(ferry, at=seven, to=holm)\n```",
         "The ferry leaves.\nIt takes forty minutes and carries cars and bicycles.\nIt is cheap.",
+        "Der Rat der Stadt Holm tagt in jedem Monat einmal\nAlle Bürger\nSind willkommen",
+        "この港の船は毎朝七時に出発して四十分でホルムに着きます。大人も子供も乗ることができます。\n切符は事務所で。",
         "Rose lines are short\nand never fill\nthe width of a page",
         "2026-11-02 10:00 started the ferry service\n2026-11-02 10:01 stopped the ferry service",
         "The ferry to Holm leaves at seven in the morning,  \nwhich is early for those far away.",
@@ -126,6 +128,18 @@ def test_wrapped_sentences_stay_whole_at_their_offsets(name: str, tmp_path: Path
 def test_lines_that_stand_for_themselves_stay(text: str, tmp_path: Path) -> None:
     (tmp_path / "a.md").write_text(text, encoding="utf-8")
     assert only(tmp_path) == text
+
+
+def test_a_ragged_paragraph_is_joined_inside_its_sentences(tmp_path: Path) -> None:
+    text = (
+        "The ferry to Holm leaves at seven in the morning and\ntakes forty minutes.\n"
+        "Tickets are\nsold at the harbour office, which opens at\nsix."
+    )
+    (tmp_path / "a.md").write_text(text, encoding="utf-8")
+    assert only(tmp_path).split("\n") == [
+        "The ferry to Holm leaves at seven in the morning and takes forty minutes.",
+        "Tickets are sold at the harbour office, which opens at six.",
+    ]
 
 
 def test_wrapped_items_of_a_list_are_joined_apart(tmp_path: Path) -> None:

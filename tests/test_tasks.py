@@ -6,6 +6,7 @@ import json
 import re
 from collections import Counter
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import pytest
 from draftsieve.core.errors import ConfigError, PromptError
 from draftsieve.core.evaluation.metrics import Score, normalised, score_answer, survival, word_f1
 from draftsieve.core.evaluation.puzzles import NOT_FOUND, TASKS, attributes, natural_sentences
-from draftsieve.core.evaluation.squad import read_article
+from draftsieve.core.evaluation.squad import AcceptedAnswer, Article, Question, read_article
 from draftsieve.core.evaluation.tasks import EvalItem, Place, make_item, make_items, natural_items
 from draftsieve.core.evaluation.world import names
 from draftsieve.core.specpc.bm25 import bm25
@@ -22,7 +23,24 @@ from draftsieve.core.types import Segment
 from .adapters_fixtures import tiny_compressor
 
 WORLD = Path(__file__).parents[1] / "core" / "evaluation" / "world"
-SQUAD = Path(__file__).parents[1] / "examples/data/squad/squad_v1.1_super_bowl_50.json"
+
+
+@cache
+def article() -> Article:
+    """Paragraphs of invented text, each with a question that has two accepted answers."""
+    paragraphs = tuple(
+        f"The port of {name} lies north. Its pilot {name} Orr has {n} boats. Few go there."
+        for n, name in enumerate(["Onda", "Holm", "Vell", "Sirre", "Tarn", "Mola", "Rill", "Esk"])
+    )
+    questions = []
+    for place, text in enumerate(paragraphs):
+        name = text.split()[3]
+        answers = []
+        for said in (f"{name} Orr", "Orr"):
+            start = text.index(said)
+            answers.append(AcceptedAnswer(said, start, start + len(said)))
+        questions.append(Question(name, f"Who is the pilot of {name}?", place, tuple(answers)))
+    return Article(paragraphs, tuple(questions))
 
 
 def words(text: str) -> int:
@@ -239,7 +257,7 @@ def test_the_question_stands_before_or_behind_the_passages() -> None:
 
 
 def test_natural_items_mark_answers_and_sentences() -> None:
-    items = natural_items(read_article(SQUAD), 400, 6, words, bm25, seed=1)
+    items = natural_items(article(), 40, 6, words, bm25, seed=1)
     assert len({item.id for item in items}) == 6
     for item in items:
         assert item.need == "any"
@@ -247,7 +265,7 @@ def test_natural_items_mark_answers_and_sentences() -> None:
         for evidence in item.evidence:
             assert read(item, evidence.value) in read(item, evidence.sentence)
             assert len(read(item, evidence.sentence)) > evidence.value.end - evidence.value.start
-        assert sum(map(words, item.passages)) <= 400
+        assert sum(map(words, item.passages)) <= 40
 
 
 @pytest.mark.parametrize("text", ["[]", "{}", '{"data": [{"paragraphs": [{"qas": []}]}]}', "no"])
@@ -328,7 +346,7 @@ def test_survival_needs_all_or_any_of_the_evidence() -> None:
     kept = list[tuple[tuple[int, int], ...]]([()] * len(item.passages))
     kept[first.passage] = ((first.start, first.end),)
     assert survival(item, tuple(kept)) == (False, False)
-    natural = natural_items(read_article(SQUAD), 400, 1, words, bm25)[0]
+    natural = natural_items(article(), 40, 1, words, bm25)[0]
     value = natural.evidence[0].value
     kept = [()] * len(natural.passages)
     kept[value.passage] = ((value.start, value.end),)

@@ -79,6 +79,11 @@ class Grid:
             raise ConfigError(
                 "There is nothing to measure: name tasks, or give a data file or a suite."
             )
+        if self.data is not None and not self.data.is_file():
+            raise ConfigError(
+                f"{str(self.data)!r} is no file with questions: give one in SQuAD's format, or a "
+                "suite for a folder of data sets."
+            )
         unknown = [task for task in self.tasks if task not in TASKS]
         if unknown:
             raise ConfigError(f"There are no tasks {unknown}; there are: {sorted(TASKS)}.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from typing import Any
 
@@ -12,6 +12,8 @@ from transformers import AutoModel, AutoTokenizer
 from ..errors import MissingExtraError, ModelNotFoundError
 from ..specpc.bm25 import words
 from .squad import Scorer
+
+BATCH = 64  # texts that an encoder reads together
 
 
 def tfidf(question: str, texts: Sequence[str]) -> list[float]:
@@ -34,7 +36,18 @@ def lsa(question: str, texts: Sequence[str], topics: int = 50) -> list[float]:
 
 
 def embedding(name: str) -> Scorer:
-    """Cosine of mean-pooled hidden states of an encoder model.
+    """Cosine of the vectors of `encoder`; arguments and errors as there."""
+    vectors = encoder(name)
+
+    def score(question: str, texts: Sequence[str]) -> list[float]:
+        found: list[float] = (vectors(texts) @ vectors([question])[0]).tolist()
+        return found
+
+    return score
+
+
+def encoder(name: str) -> Callable[[Sequence[str]], torch.Tensor]:
+    """Mean-pooled hidden states of an encoder model, as (texts, hidden) rows of length one.
 
     Args:
         name: A folder or a hub id, for example of a sentence-transformers model.
@@ -51,19 +64,19 @@ def embedding(name: str) -> Scorer:
             "machine can reach."
         ) from error
 
-    def vectors(texts: Sequence[str]) -> torch.Tensor:
-        batch = tokenizer(list(texts), padding=True, truncation=True, return_tensors="pt")
+    def pooled(texts: list[str]) -> torch.Tensor:
+        batch = tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
         with torch.no_grad():
             states = model(**batch).last_hidden_state  # (texts, tokens, hidden)
         mask = batch["attention_mask"].unsqueeze(-1)
         mean = (states * mask).sum(1) / mask.sum(1)
         return torch.nn.functional.normalize(mean, dim=-1)
 
-    def score(question: str, texts: Sequence[str]) -> list[float]:
-        found: list[float] = (vectors(texts) @ vectors([question])[0]).tolist()
-        return found
+    def vectors(texts: Sequence[str]) -> torch.Tensor:
+        whole = list(texts)
+        return torch.cat([pooled(whole[i : i + BATCH]) for i in range(0, len(whole), BATCH)])
 
-    return score
+    return vectors
 
 
 def require_eval(module: str, user: str) -> None:

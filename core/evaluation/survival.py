@@ -1,8 +1,8 @@
 """Answer survival: does what a compressor keeps still hold the answer?
 
-No model has to answer anything: a question's accepted answers stand at known characters of one
-passage, and they are either kept or not. Methods are compared at equal size, counted in draft
-tokens of the kept passage text.
+No model has to answer anything: a question's answers stand at known characters of its passages,
+and they are either kept or not. Methods are compared at equal size, counted in draft tokens of the
+kept passage text.
 """
 
 from __future__ import annotations
@@ -12,16 +12,17 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..specpc.fitting import merge_spans
 from .baselines import Kept, kept_text, kept_tokens
-from .squad import Counter, Item
+from .metrics import survival
+from .squad import Counter
+from .tasks import EvalItem
 
 if TYPE_CHECKING:
     from ..compressor import Compressor
     from ..config import SpecPC
     from ..types import CompressedContext
 
-Method = Callable[[Item, int], Kept]  # an item and its budget in tokens -> what is kept
+Method = Callable[[EvalItem, int], Kept]  # an item and its budget in tokens -> what is kept
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,8 +30,8 @@ class Outcome:
     """What one method did, item by item."""
 
     name: str
-    at_offset: tuple[bool, ...]  # an accepted answer is kept where its annotator marked it
-    as_text: tuple[bool, ...]  # an accepted answer's text can be read in the right passage
+    at_offset: tuple[bool, ...]  # the answer is kept where it is marked
+    as_text: tuple[bool, ...]  # the answer's text can be read in the right passage
     kept_tokens: tuple[int, ...]
     passage_tokens: tuple[int, ...]
     seconds: float
@@ -41,40 +42,42 @@ class Outcome:
         return sum(self.kept_tokens) / max(1, sum(self.passage_tokens))
 
 
-def survives_at_offset(item: Item, kept: Kept) -> bool:
-    """Whether all characters of one accepted occurrence are kept."""
-    spans = merge_spans(item.passages[item.gold].text, sorted(kept[item.gold]))
-    return any(
-        any(start <= answer.start and answer.end <= end for start, end in spans)
-        for answer in item.question.answers
-    )
+def survives_at_offset(item: EvalItem, kept: Kept) -> bool:
+    """Whether all characters are kept of one place that answers, or of each that is needed."""
+    found = survival(item, kept)
+    return found is not None and found[0]
 
 
-def survives_as_text(item: Item, kept: Kept) -> bool:
-    """Whether an accepted answer can be read anywhere in the kept text of the right passage.
+def survives_as_text(item: EvalItem, kept: Kept) -> bool:
+    """Whether the answer can be read anywhere in the kept text of the right passage.
 
     Case and white space do not count, so this is true wherever `survives_at_offset` is.
     """
-    text = _folded(kept_text(item.passages[item.gold].text, kept[item.gold]))
-    return any(_folded(answer.text) in text for answer in item.question.answers)
+    shown = [_folded(kept_text(t, own)) for t, own in zip(item.passages, kept, strict=True)]
+    answers = (_folded(answer) for answer in item.answers)
+    if item.need == "any":
+        gold = {evidence.value.passage for evidence in item.evidence}
+        return any(answer in shown[place] for answer in answers for place in gold)
+    places = (evidence.value.passage for evidence in item.evidence)
+    return all(a in shown[p] for a, p in zip(answers, places, strict=True))
 
 
 def measure(
-    name: str, method: Method, items: Iterable[Item], budgets: Sequence[int], count: Counter
+    name: str, method: Method, items: Iterable[EvalItem], budgets: Sequence[int], count: Counter
 ) -> Outcome:
     """Run one method over the items.
 
     Args:
         name: The method's name in the report.
         method: Called once an item.
-        items: Questions with their contexts.
+        items: Questions with their contexts and evidence.
         budgets: Tokens that may be kept, item by item.
         count: Token counter of the draft, the same for all methods.
     """
     rows: list[tuple[bool, bool, int, int]] = []
     seconds = 0.0
     for item, budget in zip(items, budgets, strict=True):
-        texts = [passage.text for passage in item.passages]
+        texts = item.passages
         began = time.perf_counter()
         kept = method(item, budget)
         seconds += time.perf_counter() - began
@@ -88,8 +91,8 @@ def measure(
 def compression(compressor: Compressor, options: SpecPC) -> Method:
     """A compressor as a method; its options decide the budget, so that the given one is unused."""
 
-    def method(item: Item, budget: int) -> Kept:
-        context = compressor.compress(item.question.text, item.passages, options)
+    def method(item: EvalItem, budget: int) -> Kept:
+        context = compressor.compress(item.question, item.passages, options)
         return kept_spans(context, len(item.passages))
 
     return method

@@ -19,10 +19,18 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from draftsieve import Answer, Engine, Generation, SpecPC
-from draftsieve.core.evaluation.squad import Article, read_article
+from draftsieve.core.evaluation.python_reference import read_reference
 
-SQUAD = Path(__file__).resolve().parents[1] / "data/squad/squad_v1.1_super_bowl_50.json"
+QUESTIONS = Path(__file__).resolve().parents[1] / "data/python_reference.jsonl"
 DRAFT_STAGES = ("draft", "select")
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """Natural text, and questions about it."""
+
+    paragraphs: tuple[str, ...]
+    questions: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +44,7 @@ class Run:
 def main(argv: Sequence[str] | None = None) -> int:
     """Time all pairs and lengths, and print the table."""
     options = _options(argv)
-    article = read_article(SQUAD)
+    text = python_reference()
     bundled = Engine.load(options.target, options.draft, progress=False)
     assert bundled.tokenizer is not None  # `load` always brings one
     bundled.target.generation_config.eos_token_id = None  # both variants decode as many tokens
@@ -47,19 +55,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     print("| pair | prompt | compressed | whole | sieved | draft part | whole / sieved |")
     print("|---|---:|---:|---:|---:|---:|---:|")
     for name, engine in pairs.items():
-        for row in table(name, engine, article, options):
+        for row in table(name, engine, text, options):
             print(row, flush=True)
     return 0
 
 
-def table(
-    name: str, engine: Engine, article: Article, options: argparse.Namespace
-) -> Iterator[str]:
+def table(name: str, engine: Engine, text: Text, options: argparse.Namespace) -> Iterator[str]:
     """One row for each prompt length."""
     method = SpecPC(ratio=options.ratio)
     for length in options.lengths:
-        passages = take(article.paragraphs, length, engine.count_tokens)
-        question = article.questions[0].text
+        passages = take(text.paragraphs, length, engine.count_tokens)
+        question = text.questions[0]
         whole: list[Run] = []
         sieved: list[Run] = []
         for repeat in range(options.repeats + 1):
@@ -84,8 +90,15 @@ def timed(
     return Run(time.perf_counter() - began, answer)
 
 
+def python_reference() -> Text:
+    """Passages of the language reference that this Python carries, long topics first."""
+    found = read_reference(QUESTIONS)
+    texts = tuple(passage.text for passage in reversed(found.passages))
+    return Text(texts, tuple(question.text for question in found.questions))
+
+
 def take(paragraphs: Sequence[str], tokens: int, count: Callable[[str], int]) -> list[str]:
-    """Paragraphs in their order, the article over and over, up to about so many tokens."""
+    """Paragraphs in their order, the text over and over, up to about so many tokens."""
     taken: list[str] = []
     while tokens > 0:
         taken.append(paragraphs[len(taken) % len(paragraphs)])

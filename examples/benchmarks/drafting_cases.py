@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from compression_cost import SQUAD
+from compression_cost import python_reference
 
 from draftsieve import Engine, Prompt
-from draftsieve.core.evaluation.squad import read_article
 from draftsieve.core.generation.speculative.drafters.store import TrigramStore
 from draftsieve.retrievers.folder import read_folder
 
@@ -33,7 +32,7 @@ class Case:
 def make_cases(engine: Engine, count: int, seed: int = 0) -> list[Case]:
     """Quotations, lists of all values and JSON of facts, in turn, about two handbook passages."""
     chance, passages = random.Random(seed), [p.text for p in read_folder(HANDBOOK)]
-    encoder = engine._need_pipeline().encoder
+    encoder = engine._need_pipeline().pair.encoder
     cases: list[Case] = []
     while len(cases) < count:
         texts = chance.sample(passages, 2)
@@ -47,15 +46,15 @@ def make_cases(engine: Engine, count: int, seed: int = 0) -> list[Case]:
 
 
 def unrelated_cases(engine: Engine, count: int, *, shuffled: bool) -> list[Case]:
-    """Handbook prompts with answers that copy nothing: sentences of an article about football.
+    """Handbook prompts with answers that copy nothing: sentences of the language reference.
 
     Args:
         engine: Whose tokenizer is used.
         count: Requests; no sentence is used twice.
-        shuffled: Mix the article's words, so that only single words repeat.
+        shuffled: Mix the text's words, so that only single words repeat.
     """
     chance = random.Random(5)
-    words = " ".join(read_article(SQUAD).paragraphs).split()
+    words = " ".join(python_reference().paragraphs).split()
     if shuffled:
         chance.shuffle(words)
     ids = engine.encode_text(" ".join(words))

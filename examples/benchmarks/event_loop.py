@@ -19,7 +19,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from compression_cost import SQUAD, take
+from compression_cost import python_reference, take
 from langchain.agents import create_agent
 from langchain_core.documents import Document
 from langchain_core.messages import AIMessage, HumanMessage
@@ -27,7 +27,6 @@ from llama_index.core.base.llms.types import ChatMessage
 from llama_index.core.schema import NodeWithScore, QueryBundle, TextNode
 
 from draftsieve import Engine, SpecKV, SpecPC
-from draftsieve.core.evaluation.squad import read_article
 from draftsieve.integrations import langchain, llama_index
 from draftsieve.retrievers import Bm25Index
 from draftsieve.retrievers import langchain as langchain_retrievers
@@ -41,8 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measure all adapters and print the table."""
     options = _options(argv)
     engine = Engine.load(options.target, options.draft, progress=False)
-    article = read_article(SQUAD)
-    texts = take(article.paragraphs, options.tokens, engine.count_tokens)
+    texts = take(python_reference().paragraphs, options.tokens, engine.count_tokens)
     print(
         f"{torch.get_num_threads()} threads, {len(texts)} passages, about {options.tokens} tokens "
         f"together, {options.new_tokens} new tokens, {options.repeats} repeats.\n"

@@ -19,11 +19,10 @@ from dataclasses import dataclass
 from statistics import median
 
 import torch
-from compression_cost import SQUAD, take
+from compression_cost import Text, python_reference, take
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from draftsieve import Answer, Engine, Generation, SpecKV
-from draftsieve.core.evaluation.squad import Article, read_article
 from draftsieve.core.models.loading import pick_device
 
 
@@ -49,7 +48,7 @@ class Run:
 def main(argv: Sequence[str] | None = None) -> int:
     """Time all pairs, lengths and batches, and print the table."""
     options = _options(argv)
-    article = read_article(SQUAD)
+    text = python_reference()
     bundled = Engine.load("builtin:target", "builtin:draft", device=options.device, progress=False)
     assert bundled.tokenizer is not None  # `load` always brings one
     assert bundled.draft is not None
@@ -75,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         label = f"{name} {engine.target.num_parameters() / 1e6:.0f}M"
         for length in lengths:
             for batch in options.batches:
-                print(row(label, engine, article, length, batch, options), flush=True)
+                print(row(label, engine, text, length, batch, options), flush=True)
     return 0
 
 
@@ -110,16 +109,15 @@ def random_pair(
 def row(
     name: str,
     engine: Engine,
-    article: Article,
+    text: Text,
     length: int,
     batch: int,
     options: argparse.Namespace,
 ) -> str:
     """One line: the same requests with a full and with an evicted cache."""
-    questions = [article.questions[place].text for place in range(batch)]
+    questions = [text.questions[place] for place in range(batch)]
     contexts = [
-        take(_from(article.paragraphs, place), length, engine.count_tokens)
-        for place in range(batch)
+        take(_from(text.paragraphs, place), length, engine.count_tokens) for place in range(batch)
     ]
     method = SpecKV(
         ratio=1 / options.share, scorer=options.scorer, lookahead_tokens=options.lookahead
@@ -174,7 +172,7 @@ def entry_bytes(model: PreTrainedModel) -> int:
 
 
 def _from(paragraphs: Sequence[str], place: int) -> Sequence[str]:
-    """The article from another paragraph on, so that the rows of a batch differ."""
+    """The text from another paragraph on, so that the rows of a batch differ."""
     start = place % len(paragraphs)
     return [*paragraphs[start:], *paragraphs[:start]]
 

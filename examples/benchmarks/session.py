@@ -20,11 +20,10 @@ from statistics import median
 from tempfile import TemporaryDirectory
 
 import torch
-from compression_cost import SQUAD, take
+from compression_cost import Text, python_reference, take
 from serving import entry_bytes, random_pair
 
 from draftsieve import Engine, Generation, SpecKV
-from draftsieve.core.evaluation.squad import Article, read_article
 from draftsieve.core.models.loading import pick_device
 from draftsieve.core.session import Session
 
@@ -50,7 +49,7 @@ class Way:
 def main(argv: Sequence[str] | None = None) -> int:
     """Time all pairs, and print the table."""
     options = _options(argv)
-    article = read_article(SQUAD)
+    text = python_reference()
     bundled = Engine.load("builtin:target", "builtin:draft", device=options.device, progress=False)
     assert bundled.tokenizer is not None  # `load` always brings one
     assert bundled.draft is not None
@@ -71,17 +70,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         if name == "random":
             engine, length = random_pair(bundled.tokenizer, options), options.random_length
         label = f"{name} {engine.target.num_parameters() / 1e6:.0f}M"
-        for line in table(label, engine, article, length, options):
+        for line in table(label, engine, text, length, options):
             print(line, flush=True)
     return 0
 
 
 def table(
-    name: str, engine: Engine, article: Article, length: int, options: argparse.Namespace
+    name: str, engine: Engine, text: Text, length: int, options: argparse.Namespace
 ) -> list[str]:
     """One row for each way and method."""
-    passages = take(article.paragraphs, length, engine.count_tokens)
-    asked = [question.text for question in article.questions[: max(options.counts)]]
+    passages = take(text.paragraphs, length, engine.count_tokens)
+    asked = list(text.questions[: max(options.counts)])
     methods = {
         "all entries": None,
         "SpecKV": SpecKV(ratio=1 / options.share, lookahead_tokens=options.lookahead),

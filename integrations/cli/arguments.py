@@ -47,11 +47,16 @@ def model(text: str) -> str:
     return text
 
 
-def known_file(text: str) -> Path:
-    """A file that is there."""
+def known_path(text: str) -> Path:
+    """A file or folder that is there."""
     if not Path(text).exists():
         raise argparse.ArgumentTypeError(f"there is no file {text!r}")
-    if Path(text).is_dir():
+    return Path(text)
+
+
+def known_file(text: str) -> Path:
+    """A file that is there."""
+    if known_path(text).is_dir():
         raise argparse.ArgumentTypeError(f"{text!r} is a folder: give a file")
     return Path(text)
 

@@ -40,8 +40,8 @@ examples:
       --target Qwen/Qwen3-4B --draft Qwen/Qwen3-0.6B
 """
 _DEMONSTRATION = (
-    "draftsieve: builtin:target is a small model for demonstration; name your own with --target "
-    "and --draft."
+    "draftsieve: builtin:target is a small model for demonstration; for a real one try "
+    "'draftsieve models get smollm2-135m' and --target smollm2-135m."
 )
 
 

@@ -1,4 +1,4 @@
-"""The command's entry point: errors in one line, and quiet ends.
+"""Running a command: errors in one line, and quiet ends.
 
 What needs torch is imported where it is used, so that `--help` and wrong usage answer at once.
 """
@@ -15,11 +15,11 @@ from contextlib import contextmanager
 from ...core.errors import ConfigError, DraftSieveError
 from .parser import build_parser
 
-INTERRUPTED, BROKEN_PIPE = 130, 141  # 128 + SIGINT, 128 + SIGPIPE, as a shell reports them
+BROKEN_PIPE = 141  # 128 + SIGPIPE, as a shell reports it
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
+def run(argv: Sequence[str] | None) -> int:
+    """Run a command; returns the exit status."""
     arguments = build_parser().parse_args(argv)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # an ASCII terminal shows \u2026, not a traceback
@@ -31,9 +31,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output has left: nobody to tell
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
-    except KeyboardInterrupt:
-        print("draftsieve: interrupted", file=sys.stderr)
-        return INTERRUPTED
     except (DraftSieveError, OSError) as error:
         if arguments.debug:
             raise

@@ -7,21 +7,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ...core.evaluation.realtext.suites import Suite
     from ...core.evaluation.runner import Grid
     from ...core.evaluation.shared import Bench
 
-from .arguments import add_models, add_running, count, known_file, progress, quantization, share
+from .arguments import add_models, add_running, count, known_path, progress, quantization, share
 
 _DESCRIPTION = """\
-Measure what compression costs in accuracy: generated tasks and, with --data, natural text. Every
-method gets the same items; the target answers greedily. The folder gets items.jsonl, results.jsonl,
-table.md and plots. Started again with the same options, an interrupted run goes on.
+Measure what compression costs in accuracy: generated tasks, natural text of yours (--data), or real
+questions (--suite). Every method gets the same items; the target answers greedily. The folder gets
+items.jsonl, results.jsonl, table.md and plots. Started again with the same options, an interrupted
+run goes on.
 """
 _EPILOG = """\
 examples:
   draftsieve eval --length 1000 --budget 0.125 --items 200 --out results/
   draftsieve eval --methods none specpc bm25-sentences perplexity --budget 0.25 --tasks none \\
       --data squad.json --out results-natural/
+  draftsieve eval --suite python --methods none specpc bm25-sentences --out results-python/
+  draftsieve eval --suite real --data FOLDER --embedder MODEL --length 1000 4000 --out results-real/
   draftsieve eval --target Qwen/Qwen3-4B --draft Qwen/Qwen3-0.6B --data my.json --out results-qwen/
   draftsieve eval --attention --length 1000 --items 60 --budget 0.25 0.125 --out results-attention/
   draftsieve eval --methods improvements --seed 1 --reference specpc --out chosen-on-seed-1/
@@ -60,14 +64,43 @@ def add_eval(commands: Any) -> None:
     grid.add_argument(
         "--length", nargs="+", type=count, default=[1000], metavar="N", help="tokens of the prompts"
     )
-    grid.add_argument("--tasks", nargs="+", metavar="NAME", help='default: all; "none" for none')
+    grid.add_argument(
+        "--tasks",
+        nargs="+",
+        metavar="NAME",
+        help='default: all, with --suite none; "none" for none',
+    )
     grid.add_argument(
         "--items", type=int, default=200, metavar="N", help="a length, over all tasks"
     )
     grid.add_argument(
-        "--data", type=known_file, metavar="FILE", help="natural text in SQuAD's format"
+        "--suite",
+        nargs="+",
+        metavar="NAME",
+        help="real questions: python (the language reference that Python carries), real (all "
+        "sets), or single sets",
     )
-    grid.add_argument("--data-items", type=int, default=100, metavar="N", help="per length")
+    grid.add_argument(
+        "--data",
+        type=known_path,
+        metavar="PATH",
+        help="with --suite the folder with the sets' files (default: DRAFTSIEVE_DATA), else a file "
+        "with natural text in SQuAD's format",
+    )
+    grid.add_argument(
+        "--data-items", type=int, default=100, metavar="N", help="per length, set and context"
+    )
+    grid.add_argument(
+        "--contexts",
+        nargs="+",
+        metavar="NAME",
+        help="what surrounds the passages that answer: bm25, random, mixed (half and half), "
+        "article (the text as it stands), and with --embedder embedding and fusion "
+        "(default: bm25, with --embedder fusion)",
+    )
+    grid.add_argument(
+        "--embedder", metavar="MODEL", help="an encoder, such as a sentence-transformers folder"
+    )
     grid.add_argument("--seed", type=int, default=0, help="of the items (default: 0)")
     grid.add_argument(
         "--question-first", action="store_true", help="put the question in front of the passages"
@@ -91,6 +124,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     """Run the grid and print the table."""
     from ...core.evaluation.methods import GROUPS, METHODS
     from ...core.evaluation.puzzles import TASKS
+    from ...core.evaluation.realtext.sets import SETS
     from ...core.evaluation.runner import TABLE, Grid, run
     from ...core.evaluation.shared import Bench
     from ...core.evaluation.tasks import INSTRUCTIONS
@@ -103,6 +137,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
         print("methods:", *METHODS, *own, sep="\n  ")
         print("groups of methods:", *(f"{g}: {' '.join(m)}" for g, m in GROUPS.items()), sep="\n  ")
         print("tasks:", *TASKS, sep="\n  ")
+        print("suites:", "python", "real", *SETS, sep="\n  ")
         return
     known = arguments.target.startswith(BUILTIN)
     system = arguments.system or (DEFAULT_SYSTEM if known else INSTRUCTIONS)
@@ -110,14 +145,15 @@ def evaluate(arguments: argparse.Namespace) -> None:
         methods=tuple(arguments.methods),
         budgets=tuple(arguments.budget),
         lengths=tuple(arguments.length),
-        tasks=_tasks(arguments.tasks, tuple(TASKS)),
+        tasks=_tasks(arguments.tasks, () if arguments.suite else tuple(TASKS)),
         items=arguments.items,
-        data=arguments.data,
+        data=None if arguments.suite else arguments.data,
         natural=arguments.data_items,
         seed=arguments.seed,
         question_first=arguments.question_first,
         system=system,
         reference=arguments.reference,
+        suite=_suite(arguments) if arguments.suite else None,
     )
     options: dict[str, Any] = {
         "device": arguments.device,
@@ -147,6 +183,21 @@ def _attention(bench: Bench, grid: Grid, arguments: argparse.Namespace) -> None:
     found = measure_agreement(bench, shown, grid.budgets)
     write_agreement(found, arguments.out)
     print(table(found), end="")
+
+
+def _suite(arguments: argparse.Namespace) -> Suite:
+    """The sets that `--suite` names, and their contexts."""
+    from ...core.evaluation.realtext.suites import make_suite
+    from ...core.evaluation.scorers import encoder
+
+    embed = encoder(arguments.embedder) if arguments.embedder else None
+    return make_suite(
+        arguments.suite,
+        arguments.data,
+        contexts=tuple(arguments.contexts or ["fusion" if embed else "bm25"]),
+        questions=arguments.data_items,
+        embed=embed,
+    )
 
 
 def _tasks(named: list[str] | None, known: tuple[str, ...]) -> tuple[str, ...]:

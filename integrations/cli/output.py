@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 
 
 class Output(Console):
-    """Results on stdout: no markup is read from texts, and a closed pipe is `main`'s affair."""
+    """Results on stdout: no markup is read from texts, and a closed pipe is `run`'s affair."""
 
     def __init__(self) -> None:
         super().__init__(markup=False, highlight=False, emoji=False)
 
     def on_broken_pipe(self) -> None:
-        """Let `main` end the command."""
+        """Let `run` end the command."""
         raise BrokenPipeError
 
 

@@ -104,7 +104,7 @@ def _costs(answer: Answer, method: Method | None) -> Iterator[str]:
         room = "ratio" if speckv.capacity is None else f"capacity of {speckv.capacity} entries"
         yield f"nothing was evicted: the {room} holds the prompt of {usage.prompt_tokens} tokens"
     if answer.lookahead:
-        yield f"the draft guessed: {answer.lookahead}"
+        yield f"the draft guessed: {' '.join(answer.lookahead.split())}"
     if (drafting := answer.drafting) is not None:
         said = f"{drafting.tokens_per_forward:.1f} tokens a forward pass"
         yield f"drafting: {drafting.note or said}"

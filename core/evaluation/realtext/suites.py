@@ -17,6 +17,8 @@ from .rankings import Embedder, rankings
 from .sets import SETS, read_set
 
 ARTICLE = "article"  # the context that is the article itself
+PYTHON, REAL = "python", "real"  # names of suites beside those of `SETS`
+_QUESTIONS = Path(__file__).resolve().parents[3] / "examples" / "data" / "python_reference.jsonl"
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,14 +73,46 @@ class Suite:
                 )
 
 
-def python_suite(path: str | Path, **options: Any) -> Suite:
+def make_suite(names: Sequence[str], data: Path | None = None, **options: Any) -> Suite:
+    """A suite by names, as the command line has them.
+
+    Args:
+        names: "python" for questions about the running Python's reference, "real" for all of
+            `SETS`, and names of these.
+        data: The folder with the sets' files; None for what `DRAFTSIEVE_DATA` names. For "python"
+            alone it may be the file with the questions.
+        options: The rest of `Suite`.
+
+    Raises:
+        ConfigError: A set or its file does not exist.
+    """
+    parts: list[Collection] = []
+    for name in dict.fromkeys(names):
+        if name == PYTHON:
+            asked = data if data is not None and data.is_file() else None
+            parts += python_suite(asked).collections
+        else:
+            parts += real_suite(data, tuple(SETS) if name == REAL else (name,)).collections
+    return Suite(tuple(parts), **options)
+
+
+def python_suite(path: str | Path | None = None, **options: Any) -> Suite:
     """Questions about the running Python's own language reference.
 
     Args:
-        path: `python_reference.jsonl`.
+        path: `python_reference.jsonl`; None for the one of this checkout.
         options: The rest of `Suite`.
+
+    Raises:
+        ConfigError: There is no such file.
     """
-    return Suite((read_reference(path),), **options)
+    file = Path(path or _QUESTIONS)
+    if not file.is_file():
+        raise ConfigError(
+            f"The questions about Python's reference are read from {str(file)!r}, which is not "
+            "there: name the file python_reference.jsonl of the project's examples/data."
+        )
+    return Suite((read_reference(file),), **options)
 
 
 def real_suite(
