@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from copy import deepcopy
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -25,7 +26,13 @@ from draftsieve.core.evaluation.calibration import SEED, calibrate
 from draftsieve.core.evaluation.tasks import EvalItem, make_items
 from draftsieve.core.models.loading import fingerprint
 from draftsieve.core.specpc.draft_scores import read_draft, reduce_rows
-from draftsieve.core.specpc.head_weights import HeadWeights, head_weights, read_heads, weights_path
+from draftsieve.core.specpc.head_weights import (
+    HeadWeights,
+    head_weights,
+    norms_of,
+    read_heads,
+    weights_path,
+)
 from draftsieve.integrations import cli
 
 from . import families
@@ -300,3 +307,23 @@ def test_positions_that_cannot_be_kept_are_refused() -> None:
     method = SpecPC(capacity=300, positions="keep")
     with pytest.raises(PromptError, match="knows positions below 1024 only"):
         engine().answer(QUESTION, long, method=method)
+
+
+def test_weights_are_known_again_in_another_precision_but_not_by_another_model() -> None:
+    model = tiny_model(32, seed=1)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.dim() == 1 and "norm" in name:
+                weight.uniform_(0.5, 1.5)
+    kept = replace(weights_for(model), family=norms_of(model))
+    rounded = deepcopy(model).to(torch.bfloat16)
+    with torch.no_grad():
+        for weight in rounded.parameters():
+            if weight.dim() > 1:  # as quantising does: the matrices change
+                weight.add_(0.01 * torch.randn_like(weight))
+    assert kept.weights != fingerprint(rounded)
+    assert kept.fit(model)
+    assert kept.fit(rounded)
+    assert not kept.fit(tiny_model(32, seed=1))  # all its norms are 1
+    assert not kept.fit(tiny_model(32, seed=1, layers=3))
+    assert not replace(kept, family=()).fit(rounded)

@@ -24,7 +24,7 @@ from ..models.loading import context_window, fingerprint
 from ..prompt.encoder import PromptTokens
 from ..specpc.draft import asking_rows
 from ..specpc.draft_scores import row_weights
-from ..specpc.head_weights import HeadWeights, read_heads
+from ..specpc.head_weights import HeadWeights, norms_of, read_heads
 from .puzzles import TASKS
 from .scorers import require_eval
 from .tasks import EvalItem
@@ -103,7 +103,8 @@ def calibrate(
     folder = Path(str(compressor.model.config.name_or_path))
     about = {"items": len(taught), "draft": folder.name}  # its name, not where it lies
     about |= _origin(items, source)
-    weights = HeadWeights(heads.reshape(shape), bias, fingerprint(compressor.model), about)
+    model = compressor.model
+    weights = HeadWeights(heads.reshape(shape), bias, fingerprint(model), about, norms_of(model))
     upper = min(8, shape[0] // 2) * shape[1]  # the first feature that the paper's setting reads
     return Calibration(
         weights,

@@ -22,7 +22,7 @@ from ..prompt.encoder import PromptTokens
 from ..specpc.draft import asking_rows
 from ..specpc.draft_scores import row_weights
 from ..specpc.fitting import affordable
-from ..specpc.head_weights import HeadWeights, read_heads
+from ..specpc.head_weights import HeadWeights, norms_of, read_heads
 from ..specpc.units import sentence_spans
 from .tasks import EvalItem
 
@@ -115,7 +115,8 @@ def share_kept(
 
 def as_head_weights(compressor: Compressor, weights: torch.Tensor, **about: object) -> HeadWeights:
     """The chosen heads as a file of head weights; scores are compared, so the bias is 0."""
-    return HeadWeights(weights, 0.0, fingerprint(compressor.model), about)
+    model = compressor.model
+    return HeadWeights(weights, 0.0, fingerprint(model), about, norms_of(model))
 
 
 def _sentences(

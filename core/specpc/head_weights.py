@@ -26,7 +26,9 @@ from ..types import TensorValue
 from .apart import read_apart
 
 FILE = "head_weights.json"  # beside the draft's own files
-CALIBRATED = "calibrated"  # names that file
+CALIBRATED = "calibrated"  # names that file, or one that the package carries
+SHIPPED = Path(__file__).parent / "heads"
+_ALIKE = 0.02  # how far the means of normalisation weights may be apart, relative
 _LOADED: WeakKeyDictionary[PreTrainedModel, dict[Path, HeadWeights]] = WeakKeyDictionary()
 
 
@@ -38,6 +40,7 @@ class HeadWeights(TensorValue):
     bias: float
     weights: str  # fingerprint of the draft they were learned for
     about: Mapping[str, Any] = field(default_factory=dict, hash=False)  # how they were learned
+    family: tuple[float, ...] = ()  # `norms_of` that draft: known again however it is quantised
 
     @property
     def last_layer(self) -> int:
@@ -52,6 +55,15 @@ class HeadWeights(TensorValue):
         """
         return functional.softplus(weighed + self.bias)
 
+    def fit(self, model: PreTrainedModel) -> bool:
+        """Whether a draft is the one that they were learned for, in this or another precision."""
+        if self.weights == fingerprint(model):
+            return True
+        own = norms_of(model)
+        pairs = zip(self.family, own, strict=False)
+        alike = all(abs(a - b) <= _ALIKE * max(abs(a), abs(b), 1e-3) for a, b in pairs)
+        return bool(self.family) and len(self.family) == len(own) and alike
+
     def save(self, path: str | Path) -> Path:
         """Write the weights as JSON."""
         row = {
@@ -59,6 +71,7 @@ class HeadWeights(TensorValue):
             "bias": self.bias,
             "heads": self.heads.tolist(),
             "about": dict(self.about),
+            "family": list(self.family),
         }
         Path(path).write_text(json.dumps(row, indent=1) + "\n", encoding="utf-8")
         return Path(path)
@@ -74,7 +87,9 @@ class HeadWeights(TensorValue):
         try:
             row = json.loads(Path(path).read_text(encoding="utf-8"))
             heads = torch.tensor(row["heads"], dtype=torch.float32)
-            found = cls(heads, float(row["bias"]), str(row["weights"]), row.get("about", {}))
+            family = tuple(map(float, row.get("family", ())))
+            about = row.get("about", {})
+            found = cls(heads, float(row["bias"]), str(row["weights"]), about, family)
         except FileNotFoundError as error:
             raise ModelNotFoundError(
                 f"There are no head weights at {str(path)!r}: run `draftsieve calibrate` with this "
@@ -87,19 +102,33 @@ class HeadWeights(TensorValue):
         return found
 
 
+def norms_of(model: PreTrainedModel) -> tuple[float, ...]:
+    """The mean weight of each normalisation: what quantising leaves alone, and tells models by."""
+    named = model.named_parameters()
+    norms = [weight for name, weight in named if weight.dim() == 1 and "norm" in name]
+    return tuple(round(float(weight.detach().float().mean()), 5) for weight in norms)
+
+
 def weights_path(model: PreTrainedModel, source: str | Path) -> Path:
-    """The file that `SpecPC.head_weights` names.
+    """The file that `SpecPC.head_weights` names: "calibrated" looks beside the draft, then here.
 
     Raises:
-        ModelError: "calibrated", but the draft was not loaded from a folder.
+        ModelError: "calibrated", but the draft was not loaded from a folder, and the package
+            carries no weights for it.
     """
     if str(source) != CALIBRATED:
         return Path(source).expanduser()
     folder = Path(str(model.config.name_or_path))
+    if (folder / FILE).is_file():
+        return folder / FILE
+    for path in sorted(SHIPPED.glob("*.json")):
+        if HeadWeights.load(path).fit(model):
+            return path
     if not folder.is_dir():
         raise ModelError(
-            f'head_weights="calibrated" looks beside the draft, but {str(folder)!r} is no folder: '
-            "give the path of a file that `draftsieve calibrate --out FILE` has written."
+            f'head_weights="calibrated" looks beside the draft, but {str(folder)!r} is no folder, '
+            "and the package carries no weights for this model: give the path of a file that "
+            "`draftsieve calibrate --out FILE` has written."
         )
     return folder / FILE
 
@@ -119,11 +148,11 @@ def head_weights(model: PreTrainedModel, source: str | Path) -> HeadWeights:
     known = _LOADED.setdefault(model, {})
     if path not in known:
         found = HeadWeights.load(path)
-        if found.weights != (own := fingerprint(model)):
+        if not found.fit(model):
             raise ModelError(
                 f"The head weights in {str(path)!r} were learned for another draft (weights "
-                f"{found.weights}, this one has {own}; quantising changes them too): run "
-                "`draftsieve calibrate` with this draft."
+                f"{found.weights}, this one has {fingerprint(model)}): run `draftsieve calibrate` "
+                "with this draft."
             )
         known[path] = found
     return known[path]
