@@ -33,6 +33,12 @@ COMMON: dict[str, Any] = {
     "eos_token_id": None,
     "tie_word_embeddings": False,
 }
+
+
+def _without(values: dict[str, Any], name: str) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if key != name}
+
+
 _SLIDING = ["sliding_attention", "full_attention"] * 2
 _SHARED = {
     **COMMON,
@@ -75,6 +81,42 @@ _CONFIGS: dict[str, Any] = {
     ),
 }
 NAMES = tuple(_CONFIGS)
+_INDEXED = {
+    **_without(COMMON, "head_dim"),
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 16,
+    "q_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 16,
+    "first_k_dense_replace": 4,
+    "index_topk": 8,
+    "index_head_dim": 16,
+    "index_n_heads": 16,  # with few, many keys score 0 and the choice among them is arbitrary
+}
+_CONFIGS |= {  # each query chooses the few keys it looks at
+    "deepseek_v32": lambda: zoo.deepseek_v32.DeepseekV32Config(**_INDEXED),
+    "glm_moe_dsa": lambda: zoo.glm_moe_dsa.GlmMoeDsaConfig(**_INDEXED),
+    "minimax_m3": lambda: zoo.minimax_m3_vl.MiniMaxM3VLTextConfig(
+        **COMMON,
+        layer_types=["full_attention", "minimax_m3_sparse"] * 2,
+        rotary_dim=8,
+        dense_intermediate_size=48,
+        shared_intermediate_size=48,
+        num_local_experts=2,
+        num_experts_per_tok=1,
+        index_n_heads=2,
+        index_head_dim=16,
+        index_block_size=4,
+        index_topk_blocks=3,
+    ),
+}
+SPARSE_CASES = [
+    (name, implementation)
+    for name in _CONFIGS
+    if name not in NAMES
+    for implementation in ("eager", "sdpa")
+]
 _NUMBERS = count()
 CASES = [
     (name, implementation)
@@ -85,14 +127,28 @@ CASES = [
 ]
 
 
-def _without(values: dict[str, Any], name: str) -> dict[str, Any]:
-    return {key: value for key, value in values.items() if key != name}
-
-
 def without_windows() -> PreTrainedConfig:
     """Two layers with keys of their own, two that look at the second's."""
     sizes = {**_SHARED, "num_hidden_layers": 4, "layer_types": ["full_attention"] * 4}
     return zoo.gemma4.Gemma4TextConfig(**sizes, global_head_dim=16)
+
+
+def with_compressed_keys() -> PreTrainedConfig:
+    """Layers that also look at keys which stand for several tokens each."""
+    return zoo.deepseek_v4.DeepseekV4Config(
+        **{**COMMON, "num_key_value_heads": 1},
+        q_lora_rank=16,
+        o_lora_rank=8,
+        o_groups=2,
+        moe_intermediate_size=16,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        hc_mult=2,
+        sliding_window=24,
+        index_topk=8,
+        index_head_dim=16,
+        index_n_heads=2,
+    )
 
 
 @cache

@@ -2,31 +2,29 @@
 
 `observing` lets a callback see the queries, keys and mask of every attention layer while the
 model runs with its own implementation (eager, sdpa, flex or flash); a callback may also compute a
-layer's attention itself. It uses transformers' public registries; the model's configuration is
-switched only inside the context manager and only the thread or task that entered it is observed,
-so other requests on the same model run undisturbed.
+layer's attention itself. Inside the context manager, transformers' registry hands out functions
+that look whether the running thread or task watches this model and then go on as ever. Nothing on
+the model changes, so that families which branch on the name of their implementation (sparse
+attention) answer as they do unwatched, and other requests run undisturbed.
 """
 
 from __future__ import annotations
 
-import sys
-import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 from threading import Lock
 from typing import Any, Protocol
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers import AttentionInterface, PreTrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 
 from ..errors import ModelError
 from ..runtime.limits import check_deadline
-
-NAME = "draftsieve_observed"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -34,7 +32,7 @@ class KeyView:
     """Which keys a layer showed: absolute positions first .. first + count - 1."""
 
     first: int
-    visible: torch.Tensor  # (batch, 1, wanted rows, count) bool
+    visible: torch.Tensor  # (batch, 1 or heads, wanted rows, count) bool
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -46,7 +44,7 @@ class AttentionCall:
     query: torch.Tensor  # (batch, heads, rows, head_dim), position encoding applied
     key: torch.Tensor  # (batch, kv_heads, keys, head_dim); sliding layers hold their newest keys
     value: torch.Tensor  # (batch, kv_heads, keys, value_dim)
-    mask: Any  # bool or additive (batch, 1, rows, keys); anything else means causal attention
+    mask: Any  # bool or additive (batch, 1 or heads, rows, keys); anything else means causal
     scaling: float  # factor on the logits
     softcap: float | None  # Gemma-2's tanh bound on the logits
     sinks: torch.Tensor | None  # (heads,) learned logits that take part in the softmax (GPT-OSS)
@@ -63,11 +61,18 @@ class AttentionCall:
             first: Only the first so many of these; None for all.
 
         Raises:
-            ModelError: The layer ran fewer queries than are asked about.
+            ModelError: The layer ran fewer queries than are asked about, or looks at keys that
+                are no tokens.
         """
         rows = self._rows(rows)
         wanted = rows if first is None else first
         seen, count = padding.shape[1], self.key.shape[2]
+        if count > seen:
+            raise ModelError(
+                f"Layer {self.layer} of this model looks at {count} keys after {seen} tokens: some "
+                "stand for several tokens at once, so that nothing can be said of single ones. "
+                "Choose another model."
+            )
         if isinstance(self.mask, torch.Tensor) and self.mask.dim() == 4:
             part = self.mask[:, :, -rows:, :count][:, :, :wanted]
             if part.dtype != torch.bool:
@@ -100,7 +105,7 @@ class AttentionCall:
             (batch, heads, wanted rows, keys) float32 and the absolute position of the first key.
 
         Raises:
-            ModelError: The layer ran fewer queries than are asked about.
+            ModelError: As for `visible`.
         """
         rows = self._rows(rows)
         view = self.visible(padding, rows, first)
@@ -138,7 +143,7 @@ def attention_probabilities(
     Args:
         query: (batch, heads, rows, head_dim), position encoding applied.
         key: (batch, kv_heads, keys, head_dim); heads is a multiple of kv_heads.
-        visible: (batch, 1, rows, keys) bool, True where a row may look.
+        visible: (batch, 1 or heads, rows, keys) bool, True where a row may look.
         scaling: Factor on the logits, usually head_dim ** -0.5.
         softcap: Gemma-2's tanh bound on the logits.
         sinks: (heads,) learned logits that take part in the softmax and are then dropped (GPT-OSS).
@@ -170,10 +175,18 @@ class AttentionCallback(Protocol):
         """
 
 
-_CALLBACK: ContextVar[AttentionCallback | None] = ContextVar("draftsieve_callback", default=None)
+@dataclass(frozen=True, slots=True)
+class _Watch:
+    """Who watches, and the configurations by which the layers of its model are known."""
+
+    callback: AttentionCallback
+    configs: frozenset[int]
+
+
+_WATCH: ContextVar[_Watch | None] = ContextVar("draftsieve_watch", default=None)
 _LOCK = Lock()
-_BASE: dict[int, str] = {}  # id of a config -> the implementation it asked for
-_COUNT: dict[int, int] = {}  # id of a config -> observers inside right now
+_WATCHED: Counter[str] = Counter()  # implementation -> watchers inside right now
+_OWN: dict[str, Callable[..., Any]] = {}  # implementation -> its function
 
 
 @contextmanager
@@ -184,19 +197,21 @@ def observing(model: PreTrainedModel, callback: AttentionCallback) -> Iterator[N
         model: Any transformers model whose attention goes through the attention interface.
         callback: Gets each layer's call.
     """
-    configs = _attention_configs(model)
+    found = (getattr(module, "config", None) for module in model.modules())
+    configs = {id(c): c for c in found if isinstance(c, PreTrainedConfig)}
+    wanted = {config._attn_implementation for config in configs.values()}
+    names = {name if name in ALL_ATTENTION_FUNCTIONS else "eager" for name in wanted}
     with _LOCK:
-        _register()
-        for config in configs:
-            _switch_on(config)
-    token = _CALLBACK.set(callback)
+        for name in names:
+            _install(name)
+    token = _WATCH.set(_Watch(callback, frozenset(configs)))
     try:
         yield
     finally:
-        _CALLBACK.reset(token)
+        _WATCH.reset(token)
         with _LOCK:
-            for config in configs:
-                _switch_off(config)
+            for name in names:
+                _remove(name)
 
 
 class _EnoughError(Exception):
@@ -228,43 +243,34 @@ def observing_until(
         yield
 
 
-def own_implementation(config: PreTrainedConfig) -> str:
-    """The attention implementation that a configuration asks for, observed at the moment or not."""
-    current = config._attn_implementation
-    return str(_BASE[id(config)] if current == NAME else current)
+def _install(name: str) -> None:
+    _WATCHED[name] += 1
+    if _WATCHED[name] > 1:
+        return
+    if name in ALL_ATTENTION_FUNCTIONS:
+        _OWN[name] = ALL_ATTENTION_FUNCTIONS[name]
+        AttentionInterface.register(name, partial(_attention, _OWN[name]))
+    else:  # "eager", of which each model brings its own and names it when it asks
+        vars(ALL_ATTENTION_FUNCTIONS)["get_interface"] = _get_interface
 
 
-def _attention_configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
-    found = (getattr(module, "config", None) for module in model.modules())
-    return list({id(c): c for c in found if isinstance(c, PreTrainedConfig)}.values())
+def _remove(name: str) -> None:
+    _WATCHED[name] -= 1
+    if _WATCHED[name] > 0:
+        return
+    if name in _OWN:
+        AttentionInterface.register(name, _OWN.pop(name))
+    else:
+        vars(ALL_ATTENTION_FUNCTIONS).pop("get_interface", None)
 
 
-def _register() -> None:
-    if NAME not in ALL_ATTENTION_FUNCTIONS:
-        AttentionInterface.register(NAME, _attention)
-        AttentionMaskInterface.register(NAME, _mask)
-
-
-def _switch_on(config: PreTrainedConfig) -> None:
-    key = id(config)
-    if _COUNT.get(key, 0) == 0:
-        if key not in _BASE:
-            weakref.finalize(config, _BASE.pop, key, None)
-        # Stays known after the switch back: another thread may be in the middle of a forward pass.
-        _BASE[key] = config._attn_implementation
-        config._attn_implementation_internal = NAME
-    _COUNT[key] = _COUNT.get(key, 0) + 1
-
-
-def _switch_off(config: PreTrainedConfig) -> None:
-    key = id(config)
-    _COUNT[key] -= 1
-    if _COUNT[key] == 0:
-        config._attn_implementation_internal = _BASE[key]
-        del _COUNT[key]
+def _get_interface(implementation: str, default: Callable[..., Any]) -> Callable[..., Any]:
+    found = AttentionInterface.get_interface(ALL_ATTENTION_FUNCTIONS, implementation, default)
+    return partial(_attention, default) if found is default else found
 
 
 def _attention(
+    own: Callable[..., Any],
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -272,8 +278,9 @@ def _attention(
     mask: Any,
     **kwargs: Any,
 ) -> Any:
-    check_deadline()
-    if (callback := _CALLBACK.get()) is not None:
+    watch = _WATCH.get()
+    if watch is not None and id(getattr(module, "config", None)) in watch.configs:
+        check_deadline()
         scaling = kwargs.get("scaling")
         call = AttentionCall(
             module=module,
@@ -287,13 +294,6 @@ def _attention(
             sinks=kwargs.get("s_aux"),
             sliding_window=kwargs.get("sliding_window"),
         )
-        if (out := callback(call)) is not None:
+        if (out := watch.callback(call)) is not None:
             return out, None
-    eager = sys.modules[type(module).__module__].eager_attention_forward
-    run = ALL_ATTENTION_FUNCTIONS.get_interface(_BASE[id(module.config)], eager)
-    return run(module, query, key, value, mask, **kwargs)
-
-
-def _mask(*args: Any, config: PreTrainedConfig, **kwargs: Any) -> Any:
-    make: Callable[..., Any] = ALL_MASK_ATTENTION_FUNCTIONS[_BASE[id(config)]]
-    return make(*args, config=config, **kwargs)
+    return own(module, query, key, value, mask, **kwargs)

@@ -10,7 +10,6 @@ from transformers import PreTrainedModel
 from ..errors import ModelError
 from ..kv_cache.layers import StoppableCache
 from ..kv_cache.prefill import Start, pad_left
-from ..models.attention_capture import own_implementation
 from ..prompt.encoder import PromptTokens
 
 
@@ -43,7 +42,7 @@ def start_at(
     Raises:
         ModelError: The model's attention takes gaps between positions for borders of texts.
     """
-    if "flash" in (own := own_implementation(model.config)):
+    if "flash" in (own := str(model.config._attn_implementation)):
         raise ModelError(
             f'positions="keep" cannot be read with {own}: load the target with sdpa or eager.'
         )

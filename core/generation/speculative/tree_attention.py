@@ -15,7 +15,6 @@ from transformers import Cache, PreTrainedModel
 
 from ...kv_cache.layers import attending
 from ...kv_cache.trees import columns, full_layers, keep_path, windows, without_trees
-from ...models.attention_capture import own_implementation
 from ...models.loading import context_window
 
 _KINDS = {"full_attention", "sliding_attention"}
@@ -24,7 +23,7 @@ _KINDS = {"full_attention", "sliding_attention"}
 def obstacle(model: PreTrainedModel, cache: Cache) -> str | None:
     """Why a model with this cache cannot read trees; None if it can."""
     config = model.config.get_text_config()
-    own = own_implementation(config)
+    own = config._attn_implementation
     if own not in ("sdpa", "eager"):
         return f"{own} attention takes no tree mask; load the model with sdpa or eager"
     if not getattr(model, "_supports_attention_backend", False):
@@ -56,7 +55,7 @@ class TreeReader:
         config = model.config.get_text_config()
         self._window = sliding[0].sliding_window if sliding else None
         self._mixed = bool(sliding and full_layers(cache))
-        self._additive = own_implementation(config) == "eager"
+        self._additive = config._attn_implementation == "eager"
         self._limits = context_window(model), *rotation_border(config)
 
     def room(self) -> int:
