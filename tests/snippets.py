@@ -1,6 +1,8 @@
 """Runs printed examples in this process and compares what they print with the comments behind.
 
-`print(answer.text)  # -> AK-731` promises that the line prints exactly that; `...` is anything.
+`print(answer.text)  # -> AK-731` promises that the line prints exactly that; `...` is anything, and
+white space is like white space. A command in a `console` block, behind "$ ", is run, too, and what
+stands below it is promised in the same way.
 """
 
 from __future__ import annotations
@@ -8,11 +10,15 @@ from __future__ import annotations
 import ast
 import io
 import re
+import shlex
 import sys
 from collections import defaultdict
 from contextlib import chdir, redirect_stdout
 from pathlib import Path
 
+from draftsieve.integrations.cli import main
+
+ROOT = Path(__file__).resolve().parents[1]
 _NAME = "<example>"
 _PROMISE = re.compile(r"#\s*->\s?(.*)$")
 
@@ -32,7 +38,7 @@ class _Prints(io.TextIOBase):
 
 def blocks(page: Path) -> list[str]:
     """The Python blocks of a page."""
-    return re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    return _blocks(page, "python")
 
 
 def promises(code: str) -> dict[int, str | None]:
@@ -57,11 +63,43 @@ def run(code: str, folder: Path) -> None:
     """
     prints = _Prints()
     with chdir(folder), redirect_stdout(prints):
-        exec(compile(code, _NAME, "exec"), {"__name__": "__main__"})  # noqa: S102
+        exec(compile(code, _NAME, "exec", dont_inherit=True), {"__name__": "__main__"})  # noqa: S102
     for line, promise in promises(code).items():
-        printed = prints.lines[line].strip()
         if promise is not None:
-            pattern = ".*".join(map(re.escape, promise.strip().split("...")))
-            assert re.fullmatch(pattern, printed, flags=re.DOTALL), (
-                f"line {line} printed {printed!r}, but its comment promises {promise!r}"
-            )
+            _compare(f"line {line}", prints.lines[line], promise)
+
+
+def commands(page: Path) -> list[tuple[str, str]]:
+    """The commands of a page's console blocks, and what they print."""
+    found = []
+    for block in _blocks(page, "console"):
+        for part in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]:
+            command, _, printed = part.partition("\n")
+            found.append((command, printed))
+    return found
+
+
+def run_command(command: str, promise: str) -> None:
+    """Run a command of draftsieve in this process, in the repository's root.
+
+    Raises:
+        AssertionError: It failed, or printed something else.
+    """
+    name, *arguments = shlex.split(command)
+    assert name == "draftsieve", command
+    printed = io.StringIO()
+    with chdir(ROOT), redirect_stdout(printed):
+        assert main(arguments) == 0, command
+    _compare(command, printed.getvalue(), promise)
+
+
+def _compare(what: str, printed: str, promise: str) -> None:
+    """Both as words, with "..." for any text."""
+    words, expected = " ".join(printed.split()), " ".join(promise.split())
+    pattern = ".*".join(map(re.escape, expected.split("...")))
+    assert re.fullmatch(pattern, words), f"{what} printed {words!r}, but promises {expected!r}"
+
+
+def _blocks(page: Path, language: str) -> list[str]:
+    text = page.read_text(encoding="utf-8")
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)

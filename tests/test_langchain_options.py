@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from langchain_core.caches import InMemoryCache
+from langchain_core.globals import set_llm_cache
 from langchain_core.messages import (
     AIMessage,
     ChatMessage,
@@ -193,8 +195,16 @@ def unnamed(seed: int, **draft: Any) -> Engine:
     return Engine(target, tiny_tokenizer(), **draft)
 
 
-def test_a_cache_tells_unnamed_models_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("langchain_core.globals._llm_cache", InMemoryCache())
+@pytest.fixture
+def cache_for_all() -> Iterator[None]:
+    """LangChain's global cache."""
+    set_llm_cache(InMemoryCache())
+    yield
+    set_llm_cache(None)
+
+
+@pytest.mark.usefixtures("cache_for_all")
+def test_a_cache_tells_unnamed_models_apart() -> None:
     for make in (ChatDraftSieve, DraftSieveLLM):
         first, second = (make(engine=unnamed(seed), max_tokens=6) for seed in (2, 3))
         assert first.model == second.model == "target"
@@ -228,11 +238,9 @@ def test_a_cache_tells_methods_apart() -> None:
     assert calls == []
 
 
+@pytest.mark.usefixtures("cache_for_all")
 @pytest.mark.parametrize("everywhere", [False, True])
-async def test_a_cache_does_not_confuse_documents(
-    everywhere: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("langchain_core.globals._llm_cache", InMemoryCache())
+async def test_a_cache_does_not_confuse_documents(everywhere: bool) -> None:
     question = "Which one?"
     for make in (chat, llm):
         model = make() if everywhere else make(cache=InMemoryCache())

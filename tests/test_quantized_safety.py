@@ -118,6 +118,18 @@ def test_a_saved_quantised_model_is_right_or_refused(
         assert torch.equal(model(ids).logits, before)  # asking has changed nothing
 
 
+def test_repacked_weights_are_not_saved(tmp_path: Path) -> None:
+    """As bitsandbytes marks them on CPUs with AVX-512; this one may have none."""
+    model = _load(4).draft
+    assert model is not None
+    states = [getattr(m.weight, "quant_state", None) for m in model.modules() if _weighs(m)]
+    state = next(state for state in states if state is not None)
+    state.packing_format_for_cpu = True
+    with pytest.raises(ModelError, match="cannot be saved"):
+        model.save_pretrained(tmp_path)
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("scorer", ["speckv", "h2o"])
 def test_quantised_streams_are_the_sampled_answer(scorer: str, bits: int) -> None:

@@ -9,16 +9,19 @@ from pathlib import Path
 
 import pytest
 
-from .snippets import blocks, run
+from .snippets import ROOT, blocks, commands, promises, run, run_command
 
-ROOT = Path(__file__).resolve().parents[1]
-BLOCKS = blocks(ROOT / "README.md")
-GUIDES = sorted(path.name for path in (ROOT / "docs").glob("*.md") if blocks(path))
+README = ROOT / "README.md"
+BLOCKS = blocks(README)
+PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
+GUIDES = [page.name for page in PAGES[1:] if blocks(page)]
+COMMANDS = [found for page in PAGES for found in commands(page)]
 
 
 def test_there_is_something_to_run() -> None:
-    assert len(BLOCKS) >= 3
+    assert len(BLOCKS) == 3  # core, LangChain, LlamaIndex
     assert "quickstart.md" in GUIDES
+    assert len(COMMANDS) >= 2
 
 
 @pytest.mark.parametrize("number", range(len(BLOCKS)))
@@ -39,6 +42,17 @@ def test_the_first_block_runs_in_a_process_of_its_own(tmp_path: Path) -> None:
 def test_guide(name: str, tmp_path: Path) -> None:
     """The blocks of a page go on from one another."""
     run("\n".join(blocks(ROOT / "docs" / name)), tmp_path)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_print_says_what_it_prints(page: Path) -> None:
+    for code in blocks(page):
+        assert None not in promises(code).values(), code
+
+
+@pytest.mark.parametrize(("command", "promise"), COMMANDS)
+def test_command(command: str, promise: str) -> None:
+    run_command(command, promise)
 
 
 @pytest.mark.parametrize(
