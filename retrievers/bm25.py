@@ -7,7 +7,7 @@ import logging
 import sys
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import numpy as np
 
@@ -18,6 +18,15 @@ from .errors import FolderError
 from .extras import require
 
 _PASSAGES, _OPTIONS, _FORMAT = "passages.jsonl", "index.json", 2
+
+
+class Bm25Options(TypedDict, total=False):
+    """The keyword arguments of `Bm25Index`."""
+
+    k1: float
+    b: float
+    stopwords: Collection[str]
+    progress: bool
 
 
 class Bm25Index:
@@ -56,12 +65,14 @@ class Bm25Index:
             )
 
     @classmethod
-    def from_texts(cls, texts: Sequence[str], **options: Any) -> Bm25Index:
+    def from_texts(cls, texts: Sequence[str], **options: Unpack[Bm25Options]) -> Bm25Index:
         """Index texts; their ids are their places from "1" on. Options as for the class."""
         return cls([Passage(text, str(n)) for n, text in enumerate(texts, start=1)], **options)
 
     @classmethod
-    def from_passages(cls, passages: Sequence[Passage], **options: Any) -> Bm25Index:
+    def from_passages(
+        cls, passages: Sequence[Passage], **options: Unpack[Bm25Options]
+    ) -> Bm25Index:
         """Index passages. Options as for the class."""
         return cls(passages, **options)
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from inspect import Parameter, signature
-from typing import Annotated, Any
+from typing import Annotated, Any, Unpack
 
 from pydantic import ConfigDict, Field
 
 from ..core.types import CompressedContext, Passage
-from .bm25 import Bm25Index
+from .bm25 import Bm25Index, Bm25Options
 from .extras import require
 from .options import DraftOptions, SieveOptions
 from .provenance import KEY
@@ -57,17 +57,11 @@ class Bm25Retriever(BaseRetriever):
 
     @classmethod
     def from_documents(
-        cls,
-        documents: Sequence[Document],
-        *,
-        k: int = 4,
-        k1: float = 1.5,
-        b: float = 0.75,
-        stopwords: Collection[str] = (),
+        cls, documents: Sequence[Document], *, k: int = 4, **options: Unpack[Bm25Options]
     ) -> Bm25Retriever:
-        """Index documents; `k1`, `b` and `stopwords` are those of `Bm25Index`."""
+        """Index documents; options as for `Bm25Index`."""
         passages = [Passage(d.page_content, d.id, deepcopy(d.metadata)) for d in documents]
-        return cls(index=Bm25Index(passages, k1=k1, b=b, stopwords=stopwords), k=k)
+        return cls(index=Bm25Index(passages, **options), k=k)
 
     def _get_relevant_documents(
         self, query: str, *, run_manager: CallbackManagerForRetrieverRun, k: int | None = None
@@ -86,7 +80,49 @@ class Bm25Retriever(BaseRetriever):
         ]
 
 
-class SievedRetriever(SieveOptions, BaseRetriever):
+class _Around(BaseRetriever):
+    """A retriever around another one, which is asked for a number of documents."""
+
+    model_config = _STRICT
+
+    retriever: BaseRetriever
+    k: Count = 4
+    fetch_argument: str = "k"
+
+    def _search(
+        self,
+        query: str,
+        run_manager: CallbackManagerForRetrieverRun,
+        count: int,
+        options: Mapping[str, Any],
+    ) -> list[Document]:
+        config = RunnableConfig(callbacks=run_manager.get_child())
+        return self.retriever.invoke(query, config, **{self.fetch_argument: count, **options})
+
+    async def _asearch(
+        self,
+        query: str,
+        run_manager: AsyncCallbackManagerForRetrieverRun,
+        count: int,
+        options: Mapping[str, Any],
+    ) -> list[Document]:
+        """Ask the base retriever without blocking the event loop.
+
+        LangChain hands options to the async side of a retriever whenever its sync side takes
+        some, which fails where the async side is LangChain's default: then the sync side runs in
+        a thread.
+        """
+        options = {self.fetch_argument: count, **options}
+        taken = signature(type(self.retriever)._aget_relevant_documents).parameters.values()
+        names = {parameter.name for parameter in taken}
+        if set(options) <= names or any(p.kind is Parameter.VAR_KEYWORD for p in taken):
+            config = RunnableConfig(callbacks=run_manager.get_child())
+            return await self.retriever.ainvoke(query, config, **options)
+        config = RunnableConfig(callbacks=run_manager.get_sync().get_child())
+        return await asyncio.to_thread(self.retriever.invoke, query, config, **options)
+
+
+class SievedRetriever(SieveOptions, _Around):
     """Fetches k * n documents, lets a draft read them once, and keeps the best of at most k.
 
     The budget is one for all documents. They come back as copies; `metadata["draftsieve"]` tells
@@ -98,7 +134,7 @@ class SievedRetriever(SieveOptions, BaseRetriever):
         k: Most documents returned; `invoke(query, k=...)` overrides it.
         n: How many times as many are fetched.
         method: Budget over all documents, and how they are read; a `ratio` is a share of all that
-            was fetched. None keeps whole sentences that hold 0.35 of it.
+            was fetched. None keeps whole sentences within 1,024 draft tokens (prompt included).
         mode: "sieve" keeps the best documents and, inside them, the best spans; "rerank" keeps
             the best documents whole, the best first.
         order: "original" (as fetched) or "score"; None for the mode's own.
@@ -109,12 +145,9 @@ class SievedRetriever(SieveOptions, BaseRetriever):
 
     model_config = _STRICT
 
-    retriever: BaseRetriever
-    k: Count = 4
     n: Count = 4
     mode: Mode = "sieve"
     order: Order | None = None
-    fetch_argument: str = "k"
 
     def _get_relevant_documents(
         self,
@@ -125,8 +158,7 @@ class SievedRetriever(SieveOptions, BaseRetriever):
         **options: Any,
     ) -> list[Document]:
         k = self.k if k is None else k
-        config = RunnableConfig(callbacks=run_manager.get_child())
-        found = self.retriever.invoke(query, config, **self._fetch(k), **options)[: k * self.n]
+        found = self._search(query, run_manager, k * self.n, options)[: k * self.n]
         method = reading(self.method, self.mode, k)
         context = self.loaded.compress(query, as_passages(found), method, **self.asking())
         return self._documents(found, context, k)
@@ -140,14 +172,10 @@ class SievedRetriever(SieveOptions, BaseRetriever):
         **options: Any,
     ) -> list[Document]:
         k = self.k if k is None else k
-        fetch = {**self._fetch(k), **options}
-        found = (await _asearch(self.retriever, query, run_manager, fetch))[: k * self.n]
+        found = (await self._asearch(query, run_manager, k * self.n, options))[: k * self.n]
         method = reading(self.method, self.mode, k)
         context = await self.loaded.acompress(query, as_passages(found), method, **self.asking())
         return self._documents(found, context, k)
-
-    def _fetch(self, k: int) -> dict[str, Any]:
-        return {self.fetch_argument: k * self.n}
 
     def _documents(
         self, found: Sequence[Document], context: CompressedContext, k: int
@@ -159,7 +187,7 @@ class SievedRetriever(SieveOptions, BaseRetriever):
         ]
 
 
-class LookaheadRetriever(DraftOptions, BaseRetriever):
+class LookaheadRetriever(DraftOptions, _Around):
     """Searches twice: with the query, and with the query and the draft's guessed answer.
 
     The draft reads what the first search found and guesses; both results are merged by rank. It
@@ -178,10 +206,7 @@ class LookaheadRetriever(DraftOptions, BaseRetriever):
 
     model_config = _STRICT
 
-    retriever: BaseRetriever
-    k: Count = 4
     lookahead_tokens: Count = 16
-    fetch_argument: str = "k"
 
     def _get_relevant_documents(
         self,
@@ -192,13 +217,12 @@ class LookaheadRetriever(DraftOptions, BaseRetriever):
         **options: Any,
     ) -> list[Document]:
         k = self.k if k is None else k
-        config = RunnableConfig(callbacks=run_manager.get_child())
-        options = {self.fetch_argument: k, **options}
-        first = self.retriever.invoke(query, config, **options)
+        first = self._search(query, run_manager, k, options)
         guess = self.loaded.guess_answer(
             query, as_passages(first), self.lookahead_tokens, **self.asking()
         )
-        second = self.retriever.invoke(f"{query} {guess}", config, **options) if guess else []
+        again = f"{query} {guess}"
+        second = self._search(again, run_manager, k, options) if guess else []
         return _merged(first, second)[:k]
 
     async def _aget_relevant_documents(
@@ -210,34 +234,13 @@ class LookaheadRetriever(DraftOptions, BaseRetriever):
         **options: Any,
     ) -> list[Document]:
         k = self.k if k is None else k
-        options = {self.fetch_argument: k, **options}
-        first = await _asearch(self.retriever, query, run_manager, options)
+        first = await self._asearch(query, run_manager, k, options)
         guess = await self.loaded.aguess_answer(
             query, as_passages(first), self.lookahead_tokens, **self.asking()
         )
         again = f"{query} {guess}"
-        second = await _asearch(self.retriever, again, run_manager, options) if guess else []
+        second = await self._asearch(again, run_manager, k, options) if guess else []
         return _merged(first, second)[:k]
-
-
-async def _asearch(
-    retriever: BaseRetriever,
-    query: str,
-    run_manager: AsyncCallbackManagerForRetrieverRun,
-    options: Mapping[str, Any],
-) -> list[Document]:
-    """Ask a base retriever without blocking the event loop.
-
-    LangChain hands options to the async side of a retriever whenever its sync side takes some,
-    which fails where the async side is LangChain's default: then the sync side runs in a thread.
-    """
-    taken = signature(type(retriever)._aget_relevant_documents).parameters.values()
-    names = {parameter.name for parameter in taken}
-    if set(options) <= names or any(p.kind is Parameter.VAR_KEYWORD for p in taken):
-        config = RunnableConfig(callbacks=run_manager.get_child())
-        return await retriever.ainvoke(query, config, **options)
-    config = RunnableConfig(callbacks=run_manager.get_sync().get_child())
-    return await asyncio.to_thread(retriever.invoke, query, config, **options)
 
 
 def _merged(*results: Sequence[Document]) -> list[Document]:

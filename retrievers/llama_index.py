@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from copy import copy, deepcopy
 from typing import Any, Unpack
 
 from ..core.config import SpecPC
 from ..core.errors import ConfigError
 from ..core.types import CompressedContext, Passage
-from .bm25 import Bm25Index
+from .bm25 import Bm25Index, Bm25Options
 from .extras import require
 from .options import DraftArguments, DraftOptions
 from .provenance import KEY
@@ -87,17 +87,14 @@ class Bm25Retriever(BaseRetriever):
         nodes: Sequence[BaseNode],
         *,
         similarity_top_k: int = 4,
-        k1: float = 1.5,
-        b: float = 0.75,
-        stopwords: Collection[str] = (),
+        **options: Unpack[Bm25Options],
     ) -> Bm25Retriever:
-        """Index the texts of nodes; `k1`, `b` and `stopwords` are those of `Bm25Index`."""
+        """Index the texts of nodes; options as for `Bm25Index`."""
         passages = [
             Passage(n.get_content(MetadataMode.NONE), n.node_id, deepcopy(n.metadata))
             for n in nodes
         ]
-        index = Bm25Index(passages, k1=k1, b=b, stopwords=stopwords)
-        return cls(index, similarity_top_k=similarity_top_k)
+        return cls(Bm25Index(passages, **options), similarity_top_k=similarity_top_k)
 
     def _retrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
         return [
@@ -122,7 +119,7 @@ class SievedRetriever(BaseRetriever):
         k: Most nodes returned.
         n: How many times as many are fetched.
         method: Budget over all nodes, and how they are read; a `ratio` is a share of all that was
-            fetched. None keeps whole sentences that hold 0.35 of it.
+            fetched. None keeps whole sentences within 1,024 draft tokens (prompt included).
         mode: "sieve" keeps the best nodes and, inside them, the best spans; "rerank" keeps the
             best nodes whole, the best first.
         order: "original" (as fetched) or "score"; None for the mode's own.

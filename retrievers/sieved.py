@@ -9,7 +9,7 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
-from ..core.config import DEFAULT_METHOD, SpecPC
+from ..core.config import NEWEST_PRESET, SpecPC
 from ..core.types import CompressedContext
 from .provenance import provenance
 
@@ -17,6 +17,8 @@ Mode = Literal["sieve", "rerank"]
 Order = Literal["original", "score"]
 K = TypeVar("K", bound=Hashable)
 
+RETRIEVAL_METHOD = SpecPC.preset(NEWEST_PRESET, capacity=1024)
+"""Whole sentences as in `DEFAULT_METHOD`, to a fixed size: few short passages come back whole."""
 _RANK_CONSTANT = 60  # of reciprocal rank fusion (Cormack et al., 2009)
 
 
@@ -35,7 +37,7 @@ def reading(method: SpecPC | None, mode: Mode, k: int) -> SpecPC:
 
     Args:
         method: How passages are read; in mode "sieve" also the budget over all of them. None for
-            the core's default.
+            `RETRIEVAL_METHOD`.
         mode: "sieve" keeps the best passages and, inside them, the best spans; "rerank" keeps
             the best passages whole.
         k: Most passages kept.
@@ -44,7 +46,7 @@ def reading(method: SpecPC | None, mode: Mode, k: int) -> SpecPC:
         Options with `max_passages` and `drop_empty`.
     """
     whole = {"capacity": None, "ratio": 1.0} if mode == "rerank" else {}
-    method = method or DEFAULT_METHOD
+    method = method or RETRIEVAL_METHOD
     return method.model_copy(update={**whole, "max_passages": k, "drop_empty": True})
 
 
