@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gzip
+import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ from draftsieve.core.evaluation.metrics import survival
 from draftsieve.core.evaluation.puzzles import NOT_FOUND
 from draftsieve.core.evaluation.realtext.collection import Collection, occurrences
 from draftsieve.core.evaluation.realtext.contexts import Around, real_items
+from draftsieve.core.evaluation.realtext.download import Download, fetch, gold_passages
 from draftsieve.core.evaluation.realtext.mtrag import read_mtrag
 from draftsieve.core.evaluation.realtext.natural_questions import read_natural_questions
 from draftsieve.core.evaluation.realtext.rankings import (
@@ -24,10 +28,11 @@ from draftsieve.core.evaluation.realtext.rankings import (
     ranked,
     rankings,
 )
-from draftsieve.core.evaluation.realtext.sets import SETS, data_folder, read_set
+from draftsieve.core.evaluation.realtext.sets import SETS, data_folder, fetch_set, read_set
 from draftsieve.core.evaluation.realtext.squad_form import read_squad_form
 from draftsieve.core.evaluation.tasks import EvalItem, Turn
 from draftsieve.core.types import Segment
+from draftsieve.integrations import cli
 
 HARBOUR = "The harbour of Onda opened in 1911. It has two quays, and a crane that lifts nine tons."
 ORCHARD = "Vell keeps an orchard of plum trees. The oldest of them was planted by his aunt Sirre."
@@ -205,12 +210,60 @@ def test_the_folder_is_given_or_set(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert data_folder() == tmp_path
     with pytest.raises(ConfigError, match="elsewhere"):
         data_folder(tmp_path / "elsewhere")
-    with pytest.raises(ConfigError, match=r"xquad\.en.* published at https"):
+    with pytest.raises(ConfigError, match=r"data get xquad\.en .* published at https"):
         read_set("xquad.en")
     with pytest.raises(ConfigError, match="no data set 'squid'"):
         read_set("squid")
     write(tmp_path / "nq_open_gold.jsonl", nq_rows())
     assert read_set("nq").name == "nq"
+
+
+# ---------------------------------------------------------------- downloads
+
+
+def published(path: Path, content: bytes, **changes: Any) -> Download:
+    path.write_bytes(content)
+    source = Download(path.as_uri(), hashlib.sha256(content).hexdigest())
+    return replace(source, **changes)
+
+
+def test_sets_are_downloaded_checked_and_converted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row = {"question": "when did it open", "answers": ["1911"], "ctxs": []}
+    row["ctxs"] = [{"title": "Onda", "text": HARBOUR, "isgold": True}]
+    content = gzip.compress(json.dumps({**row, "more": 1}).encode())
+    source = published(tmp_path / "oracle.gz", content, convert=gold_passages)
+    monkeypatch.setitem(SETS, "nq", replace(SETS["nq"], download=source))
+    assert cli.main(["data", "get", "nq", "--data", str(tmp_path / "sets")]) == 0
+    assert "nq_open_gold.jsonl" in capsys.readouterr().out
+    assert marked(read_set("nq", tmp_path / "sets")) == [["1911"]]
+
+    (tmp_path / "oracle.gz").unlink()
+    assert fetch_set("nq", tmp_path / "sets").is_file()  # what is there is kept
+    with pytest.raises(ConfigError, match="cannot be downloaded"):
+        fetch_set("nq", tmp_path / "other")
+    assert list((tmp_path / "sets").iterdir()) == [tmp_path / "sets" / "nq_open_gold.jsonl"]
+
+
+def test_another_file_than_the_checked_one_is_not_used(tmp_path: Path) -> None:
+    source = published(tmp_path / "a.json", b"{}", sha256="0" * 64)
+    with pytest.raises(ConfigError, match="instead of 0000"):
+        fetch(source, tmp_path / "sets" / "a.json")
+    assert not (tmp_path / "sets").exists()
+
+
+def test_sets_are_listed_with_their_licences(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["data", "list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == list(SETS)
+    assert all("https://github.com/" in line for line in lines)
+    assert cli.main(["data", "get", "xquad.en", "squid"]) == 2
+    assert "no data set 'squid'" in capsys.readouterr().err
+    for name, found in SETS.items():
+        commit = found.download.url.removeprefix("https://raw.githubusercontent.com/").split("/")[2]
+        assert len(commit) == 40, name  # a branch would move on
+        assert len(found.download.sha256) == 64
 
 
 # ---------------------------------------------------------------- contexts

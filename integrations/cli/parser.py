@@ -8,6 +8,7 @@ from ... import __version__
 from .ask import add_ask
 from .calibrate import add_calibrate
 from .compress import add_compress
+from .data import add_data
 from .drafts import add_drafts
 from .eval import add_eval
 from .models import add_models
@@ -29,6 +30,6 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"draftsieve {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for add in (add_ask, add_compress, add_models, add_drafts, add_eval, add_calibrate):
+    for add in (add_ask, add_compress, add_models, add_drafts, add_data, add_eval, add_calibrate):
         add(commands)
     return parser
