@@ -117,7 +117,7 @@ def test_ask_prints_answer_sources_tokens_and_seconds(
     out = capsys.readouterr().out
     assert "[1] ferry.md#1" in out
     assert "[2] bakery.md#1" in out
-    assert re.search(r"prompt tokens: \d+ → \d+ \(\d+% saved\)", out)
+    assert re.search(r"prompt tokens: \d+ → \d+ \(\d+% saved\), answer tokens: 4 \(cut off", out)
     assert re.search(r"seconds: .*draft \d.*decode \d", out)
     assert "\x1b" not in out
 
@@ -140,6 +140,9 @@ def test_ask_json_names_what_was_kept_of_each_source(
 def test_ask_without_compression_needs_no_draft(
     ask: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
+    for options in (["--method", "none"], ["--method", "speckv", "--set", "scorer=snapkv"]):
+        result = run_json([*ask, *options, "--draft", "no-such/model"], capsys)
+        assert result["answer"]
     result = run_json([*ask, "--method", "none", "--draft", "no-such/model"], capsys)
     assert result["compression"] is None
     assert result["usage"]["prompt_tokens"] == result["usage"]["original_prompt_tokens"]
@@ -289,6 +292,19 @@ def test_compress_keeps_a_file_that_fits_as_it_is(
     assert capsys.readouterr().out == f"{BAKERY}\n{FERRY}"
 
 
+def test_compress_reads_tables_and_names_broken_files(
+    compress: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = tmp_path / "staff.csv"
+    table.write_text("name,role\nTilda,baker\nOla,captain\n", encoding="utf-8")
+    assert cli.main([*compress, "--file", str(table), "--ratio", "1.0"]) == 0
+    assert capsys.readouterr().out == "name: Tilda; role: baker\n\nname: Ola; role: captain\n"
+    broken = tmp_path / "staff.json"
+    broken.write_text("{", encoding="utf-8")
+    assert cli.main([*compress, "--file", str(broken)]) == 1
+    assert "staff.json' cannot be read: the JSON is broken" in capsys.readouterr().err
+
+
 def test_compress_units_stay_whole(
     compress: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -405,6 +421,7 @@ def test_a_file_that_is_not_text_is_an_error(
         ("drafts build --docs . --out store.txt", "'store.txt' must end with .safetensors"),
         ("eval --data no.json", "there is no file 'no.json'"),
         ("calibrate --out no/such/heads.json", "there is no folder"),
+        ("eval --out {file}", "is a file: give a folder"),
     ],
 )
 def test_wrong_usage_is_status_2_and_says_what_is_wrong(

@@ -84,6 +84,13 @@ def new_file(*endings: str) -> Callable[[str], Path]:
     return check
 
 
+def new_folder(text: str) -> Path:
+    """A folder that is there or can be made."""
+    if Path(text).exists() and not Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} is a file: give a folder")
+    return Path(text)
+
+
 def add_models(line: argparse.ArgumentParser, *, target: bool, draft: bool, bits: str) -> None:
     """Which models are used, and how; `bits` says which of them `--bits` is about, if any."""
     group = line.add_argument_group("models", "hub ids, folders, GGUF files or bundled ones")

@@ -118,11 +118,13 @@ def ask(arguments: argparse.Namespace) -> None:
 def _load(arguments: argparse.Namespace, method: Method | None) -> Engine:
     from ...core.engine import Engine
     from ...core.generation.speculative.drafters.store import TrigramStore
+    from ...core.speckv.scorers import needs_draft
 
     store = arguments.draft_store
+    drafted = needs_draft(method) or arguments.drafting in _DRAFT_MODEL
     return Engine.load(
         arguments.target,
-        arguments.draft if method or arguments.drafting in _DRAFT_MODEL else None,
+        arguments.draft if drafted else None,
         quantization=quantization(arguments),
         device=arguments.device,
         progress=progress(arguments),

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...core.errors import PromptError
 from .arguments import add_running, count, known_file, model, new_file
+from .sources import plain_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -80,7 +81,7 @@ def _texts(arguments: argparse.Namespace) -> Iterator[str]:
     for folder in arguments.docs:
         yield from (passage.text for passage in read_folder(folder))
     for file in arguments.answers:
-        for line in file.read_text(encoding="utf-8-sig").splitlines():
+        for line in plain_text(str(file)).splitlines():
             if line.strip():
                 yield _answer(line)
 

@@ -11,7 +11,16 @@ if TYPE_CHECKING:
     from ...core.evaluation.runner import Grid
     from ...core.evaluation.shared import Bench
 
-from .arguments import add_models, add_running, count, known_path, progress, quantization, share
+from .arguments import (
+    add_models,
+    add_running,
+    count,
+    known_path,
+    new_folder,
+    progress,
+    quantization,
+    share,
+)
 
 _DESCRIPTION = """\
 Measure what compression costs in accuracy: generated tasks, natural text of yours (--data), or real
@@ -108,7 +117,7 @@ def add_eval(commands: Any) -> None:
     grid.add_argument(
         "--reference", default="none", metavar="NAME", help="paired differences are against this"
     )
-    line.add_argument("--out", type=Path, default=Path("results"), metavar="FOLDER")
+    line.add_argument("--out", type=new_folder, default=Path("results"), metavar="FOLDER")
     line.add_argument(
         "--attention",
         action="store_true",

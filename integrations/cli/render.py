@@ -91,7 +91,10 @@ def show_costs(console: Console, answer: Answer, method: Method | None) -> None:
 def _costs(answer: Answer, method: Method | None) -> Iterator[str]:
     usage = answer.usage
     tokens = change(usage.original_prompt_tokens, usage.prompt_tokens)
-    yield f"prompt tokens: {tokens}, answer tokens: {usage.completion_tokens}"
+    cut = " (cut off by --max-new-tokens)" if answer.finish_reason == "length" else ""
+    yield f"prompt tokens: {tokens}, answer tokens: {usage.completion_tokens}{cut}"
+    if answer.fallback is not None:
+        yield f"the method was not applied: {answer.fallback}"
     specpc, speckv = parts(method)
     if specpc is not None and answer.context is not None:
         reason = why_whole(specpc, answer.context)
@@ -100,7 +103,7 @@ def _costs(answer: Answer, method: Method | None) -> Iterator[str]:
     if usage.cache_entries is not None:
         entries = change(usage.prompt_tokens, usage.cache_entries)
         yield f"cache entries a head: {entries}, in all {size(answer.cache_bytes)}"
-    elif speckv is not None:
+    elif speckv is not None and answer.fallback is None:
         room = "ratio" if speckv.capacity is None else f"capacity of {speckv.capacity} entries"
         yield f"nothing was evicted: the {room} holds the prompt of {usage.prompt_tokens} tokens"
     if answer.lookahead:
@@ -112,11 +115,9 @@ def _costs(answer: Answer, method: Method | None) -> Iterator[str]:
 
 
 def why_whole(method: SpecPC, context: CompressedContext) -> str | None:
-    """Why nothing was left out of the passages; None where something was."""
+    """Why nothing was left out of the passages; None where something was, or something failed."""
     stats = context.stats
-    if stats.fallback is not None:
-        return f"not compressed: {stats.fallback}"
-    if stats.compressed:
+    if stats.compressed or stats.fallback is not None:
         return None
     if method.capacity is not None and method.capacity >= stats.prompt_tokens:
         reason = f"the capacity of {method.capacity} holds the prompt of {stats.prompt_tokens}"

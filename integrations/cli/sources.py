@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,23 +29,29 @@ def retrieve(arguments: argparse.Namespace) -> list[Passage]:
     return passages
 
 
+def plain_text(name: str) -> str:
+    """The text of a file as it stands there, or of standard input for "-"."""
+    from ...retrievers.documents import decode
+
+    data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
+    with _naming(name):
+        return decode(data)[0]
+
+
 def read_file(name: str) -> tuple[str, list[Passage]]:
-    """The text of a file, or of standard input for "-", and its paragraphs as passages."""
+    """The text of a file of any kind that is read, and its paragraphs as passages."""
     from ...core.types import Passage
     from ...retrievers import paragraphs
-    from ...retrievers.documents import PROSE, READERS, decode, read_document
-    from ...retrievers.errors import DocumentError
+    from ...retrievers.documents import PROSE, READERS, read_document
     from ...retrievers.wrapping import unwrapped
 
-    path, label = Path(name), "stdin" if name == "-" else name
-    try:
-        if path.suffix.lower() in READERS.keys() - set(PROSE):
-            text = whole = read_document(path).text
-        else:
-            whole, _ = decode(sys.stdin.buffer.read() if name == "-" else path.read_bytes())
-            text = unwrapped(whole)
-    except DocumentError as error:
-        raise PromptError(f"{label!r} cannot be read: {error}.") from error
+    if Path(name).suffix.lower() in READERS.keys() - set(PROSE):
+        with _naming(name):
+            text = whole = read_document(Path(name)).text
+    else:
+        whole = plain_text(name)
+        text = unwrapped(whole)
+    label = _label(name)
     passages = [
         Passage(text[start:end], f"{label}#{place}", {"start": start, "end": end})
         for place, (start, end) in enumerate(paragraphs(text), start=1)
@@ -52,6 +59,21 @@ def read_file(name: str) -> tuple[str, list[Passage]]:
     if not passages:
         raise PromptError(f"{label!r} holds no text.")
     return whole, passages
+
+
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Say of which file an error speaks."""
+    from ...retrievers.errors import DocumentError
+
+    try:
+        yield
+    except DocumentError as error:
+        raise PromptError(f"{_label(name)!r} cannot be read: {error}.") from error
+
+
+def _label(name: str) -> str:
+    return "stdin" if name == "-" else name
 
 
 def reassemble(whole: str, passages: Sequence[Passage], context: CompressedContext) -> str:
