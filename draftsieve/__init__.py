@@ -9,9 +9,22 @@ if TYPE_CHECKING:
     from draftsieve.core.compressor import Compressor
     from draftsieve.core.config import Generation, Quantization, SpecKV, SpecKVPC, SpecPC
     from draftsieve.core.engine import Engine
-    from draftsieve.core.errors import DraftSieveError
+    from draftsieve.core.errors import (
+        BudgetError,
+        ConfigError,
+        DraftSieveError,
+        GrammarError,
+        MissingExtraError,
+        ModelError,
+        ModelNotFoundError,
+        OutOfMemoryError,
+        PromptError,
+        RequestTimeoutError,
+    )
+    from draftsieve.core.generation.speculative.drafters.store import TrigramStore
     from draftsieve.core.grammar import Grammar
     from draftsieve.core.prompt.messages import Prompt
+    from draftsieve.core.session import Session
     from draftsieve.core.types import (
         Answer,
         Chunk,
@@ -26,42 +39,64 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "Answer": "types",
+    "BudgetError": "errors",
     "Chunk": "types",
     "CompressedContext": "types",
     "Compressor": "compressor",
+    "ConfigError": "errors",
     "DraftSieveError": "errors",
     "Engine": "engine",
     "Generation": "config",
     "Grammar": "grammar",
+    "GrammarError": "errors",
+    "MissingExtraError": "errors",
+    "ModelError": "errors",
+    "ModelNotFoundError": "errors",
+    "OutOfMemoryError": "errors",
     "Passage": "types",
     "Prompt": "prompt.messages",
+    "PromptError": "errors",
     "Quantization": "config",
+    "RequestTimeoutError": "errors",
+    "Session": "session",
     "Span": "types",
     "SpecKV": "config",
     "SpecKVPC": "config",
     "SpecPC": "config",
     "ToolCall": "types",
     "Trace": "types",
+    "TrigramStore": "generation.speculative.drafters.store",
 }
 
 __all__ = [
     "Answer",
+    "BudgetError",
     "Chunk",
     "CompressedContext",
     "Compressor",
+    "ConfigError",
     "DraftSieveError",
     "Engine",
     "Generation",
     "Grammar",
+    "GrammarError",
+    "MissingExtraError",
+    "ModelError",
+    "ModelNotFoundError",
+    "OutOfMemoryError",
     "Passage",
     "Prompt",
+    "PromptError",
     "Quantization",
+    "RequestTimeoutError",
+    "Session",
     "Span",
     "SpecKV",
     "SpecKVPC",
     "SpecPC",
     "ToolCall",
     "Trace",
+    "TrigramStore",
     "__version__",
 ]
 

@@ -7,8 +7,13 @@ import builtins
 import re
 from functools import cache
 from pathlib import Path
+from pkgutil import resolve_name
+from runpy import run_path
+from types import ModuleType
 
 import pytest
+
+import draftsieve
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ("AGENTS.md", "docs/architecture.md")
@@ -51,12 +56,15 @@ def names() -> frozenset[str]:
 
 
 def missing(text: str) -> list[str]:
-    """What a page names in backticks and the repository does not have."""
+    """What a page names in backticks or draws in a block, and the repository does not have."""
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
-    lost = []
+    drawn = "".join(re.findall(r"```.*?```", text, flags=re.DOTALL))
+    lost = [name for name in re.findall(r"[\w/.]+\.py\b", drawn) if name not in files()]
     for code in re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL)):
         if code.startswith("make "):
             lost += [word for word in code.split()[1:] if word not in targets]
+        elif code.startswith("python "):
+            lost += [word for word in code.split()[1:2] if word not in files()]
         elif re.fullmatch(r"[\w.*-]*(/[\w.*-]*)+|[\w.-]+\.(py|md|txt|toml|json)", code):
             if code.strip("/") not in files():
                 lost.append(code)
@@ -77,3 +85,30 @@ def test_names_that_do_not_exist_are_found() -> None:
         '`core/`, `make lint test`, `drafting="auto"`'
     )
     assert missing(said) == ["core/nowhere.py", "squeeze", "tests"]
+
+
+def test_every_room_is_on_the_map() -> None:
+    drawn = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8").split("## Rooms")[1]
+    rooms = {path.name for path in (ROOT / "core").iterdir() if path.name[0] not in "_."}
+    assert {room for room in rooms if not re.search(rf"\b{re.escape(room)}", drawn)} == set()
+
+
+def test_the_reference_describes_what_exists_and_what_is_exported() -> None:
+    page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    described = re.findall(r"^::: ([\w.]+)$", page, flags=re.MULTILINE)
+    assert len(described) >= 20
+    found = {path: resolve_name(path) for path in described}
+    listed = set(re.findall(r"\w+", " ".join(re.findall(r"members: \[(.*?)\]", page))))
+    modules = [vars(thing) for thing in found.values() if isinstance(thing, ModuleType)]
+    shown = {path.rpartition(".")[2] for path in described} | listed
+    shown |= {name for module in modules for name in module}
+    assert set(draftsieve.__all__) - shown == {"__version__"}
+
+
+def test_a_request_goes_through_no_more_files_than_the_architecture_says() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    measured = run_path(str(ROOT / "examples" / "benchmarks" / "request_path.py"))["measured"]()
+    for request, counts in measured.items():
+        (said,) = re.findall(rf"^\| {request} \| (\d+) \|", page, flags=re.MULTILINE)
+        assert len(counts) <= int(said), request
+    assert len(measured) == 2

@@ -11,33 +11,47 @@ from pathlib import Path
 import pytest
 
 import draftsieve
+from draftsieve.core import errors
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_public_names_are_pinned() -> None:
-    assert sorted(draftsieve.__all__) == [
+    assert draftsieve.__all__ == [
         "Answer",
+        "BudgetError",
         "Chunk",
         "CompressedContext",
         "Compressor",
+        "ConfigError",
         "DraftSieveError",
         "Engine",
         "Generation",
         "Grammar",
+        "GrammarError",
+        "MissingExtraError",
+        "ModelError",
+        "ModelNotFoundError",
+        "OutOfMemoryError",
         "Passage",
         "Prompt",
+        "PromptError",
         "Quantization",
+        "RequestTimeoutError",
+        "Session",
         "Span",
         "SpecKV",
         "SpecKVPC",
         "SpecPC",
         "ToolCall",
         "Trace",
+        "TrigramStore",
         "__version__",
     ]
     for name in draftsieve.__all__:
         assert getattr(draftsieve, name) is not None
+    every_error = {name for name, kind in vars(errors).items() if isinstance(kind, type)}
+    assert every_error <= {*draftsieve.__all__}
     with pytest.raises(AttributeError, match="nothing_like_it"):
         _ = draftsieve.nothing_like_it
     assert version("draftsieve") == draftsieve.__version__
