@@ -40,7 +40,7 @@ def render_html(
     return environment.from_string(page).render(
         question=question,
         answer=answer,
-        notice=context.stats.fallback if context else None,
+        notice=(answer and answer.fallback) or (context and context.stats.fallback),
         figures=list(_figures(answer, context)),
         marked=context is not None,
         levels=range(1, LEVELS + 1),
@@ -107,8 +107,9 @@ def _figures(answer: Answer | None, context: CompressedContext | None) -> Iterat
 
 
 def _change(before: int, after: int) -> str:
-    saved = f" ({1 - after / before:.0%} saved)" if before and after != before else ""
-    return f"{before:,} → {after:,}{saved}"
+    if before == after:
+        return f"{before:,}"
+    return f"{before:,} → {after:,} ({1 - after / before:.0%} saved)"
 
 
 def _shown(

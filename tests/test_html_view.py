@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
@@ -99,6 +100,7 @@ def test_an_evicted_cache_is_shown_with_the_drafts_guess() -> None:
     usage = Usage(40, 40, 3, cache_entries=10)
     answer = Answer("five", (), usage, {}, "stop", lookahead="<four>", cache_bytes=1_234_567)
     page = render_html("Why?", answer, None, PASSAGES)
+    assert "<dd>40</dd>" in page
     assert "40 → 10 (75% saved)" in page
     assert "1.23 MB" in page
     assert "The draft guessed:</b> &lt;four&gt;" in page
@@ -107,6 +109,8 @@ def test_an_evicted_cache_is_shown_with_the_drafts_guess() -> None:
 def test_a_fallback_is_told() -> None:
     page = render_html("Why?", None, context(PASSAGES, SPANS, "it <broke>"), PASSAGES)
     assert "Not compressed: it &lt;broke&gt;" in page
+    answer = replace(ANSWER, fallback="no <room>")
+    assert "Not compressed: no &lt;room&gt;" in render_html("Why?", answer, None, PASSAGES)
 
 
 def test_without_compression_passages_are_plain() -> None:
