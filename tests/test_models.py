@@ -10,12 +10,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import BitsAndBytesConfig
+from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from draftsieve import Compressor, Engine, Generation, Quantization, SpecKV, SpecKVPC, SpecPC
 from draftsieve.core.errors import ModelError, ModelNotFoundError
-from draftsieve.core.models.loading import load_model
+from draftsieve.core.models.devices import (
+    SMALLEST,
+    auto_dtype,
+    multiplies_bfloat16,
+    pick_dtype,
+)
+from draftsieve.core.models.loading import load_model, load_tokenizer
+from examples.benchmarks import dtype_cpu
 
 QUESTION = "Which badge was issued to Mira Tolen?"
 TEXTS = [
@@ -38,6 +45,7 @@ def test_the_bundled_pair_loads_in_float32_on_a_cpu() -> None:
     draft = load_model("builtin:draft", device="cpu", progress=False)
     assert target.model.dtype == draft.model.dtype == torch.float32
     assert not target.model.training
+    assert target.model.num_parameters() < SMALLEST  # also where the processor has bfloat16
     assert 4 < target.model.num_parameters() / draft.model.num_parameters() < 10
     assert target.tokenizer.get_vocab() == draft.tokenizer.get_vocab()
     assert len(target.tokenizer) == target.model.config.vocab_size
@@ -120,6 +128,78 @@ def test_only_safetensors_are_read(tmp_path: Path) -> None:
     torch.save(loaded.model.state_dict(), tmp_path / "pytorch_model.bin")
     with pytest.raises(ModelNotFoundError, match="safetensors"):
         load_model(tmp_path, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("stored", "parameters", "expected"),
+    [
+        (torch.bfloat16, 135_000_000, torch.bfloat16),
+        (torch.float16, 50_000_000, torch.bfloat16),
+        (torch.bfloat16, 49_999_999, torch.float32),
+        (torch.float32, 7_000_000_000, torch.float32),
+        (None, 7_000_000_000, torch.float32),
+    ],
+)
+def test_large_half_precision_checkpoints_stay_small_on_an_able_cpu(
+    stored: torch.dtype | None, parameters: int, expected: torch.dtype
+) -> None:
+    assert auto_dtype(stored, parameters) == expected
+
+
+def test_a_processor_says_whether_it_multiplies_bfloat16() -> None:
+    assert multiplies_bfloat16({"amx_bf16": True, "avx512_bf16": False})
+    assert multiplies_bfloat16({"avx512_bf16": True})
+    assert not multiplies_bfloat16({"avx512_f": True, "amx_bf16": False, "neon": True})
+    assert not multiplies_bfloat16({})
+    able = multiplies_bfloat16(torch.cpu.get_capabilities())
+    assert multiplies_bfloat16() == able
+    assert pick_dtype("auto", "cpu") == ("auto" if able else torch.float32)
+    assert pick_dtype("auto", "cuda:1") == "auto"
+    assert pick_dtype("bfloat16", "cpu") == torch.bfloat16
+
+
+def test_an_able_cpu_loads_large_models_in_bfloat16(tmp_path: Path) -> None:
+    """In a process whose torch claims AMX, and that finds 100,000 parameters many."""
+    for name, vocabulary in (("large", 2_000), ("small", 500)):
+        config = LlamaConfig(
+            vocab_size=vocabulary,
+            hidden_size=64,
+            intermediate_size=64,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            tie_word_embeddings=True,
+        )
+        LlamaForCausalLM(config).bfloat16().save_pretrained(tmp_path / name)
+        load_tokenizer("builtin:draft").save_pretrained(tmp_path / name)
+    code = """
+import sys, torch
+torch.cpu.get_capabilities = lambda: {"amx_bf16": True}
+from draftsieve import Quantization
+from draftsieve.core.models import devices
+from draftsieve.core.models.loading import load_model
+devices.SMALLEST = 100_000
+four = Quantization(bits=4)
+for folder, options in (
+    ("large", {}),
+    ("large", {"dtype": "float32"}),
+    ("large", {"quantization": four}),
+    ("small", {}),
+):
+    path = f"{sys.argv[1]}/{folder}"
+    print(load_model(path, device="cpu", progress=False, **options).model.dtype)
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=300
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.split() == ["torch.bfloat16", *["torch.float32"] * 3]
+
+
+def test_the_benchmark_of_types_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    dtype_cpu.main(["--sizes", "64x1", "--lengths", "16", "--repeats", "1"])
+    said = capsys.readouterr().out.splitlines()
+    assert said[1].count("|") == said[-1].count("|") == 12
+    assert said[-1].endswith("| float32 |")
 
 
 def test_dtypes_and_devices() -> None:

@@ -44,12 +44,13 @@ def test_the_same_model_said_otherwise_is_the_same() -> None:
     nearby = os.path.relpath(folder)
     for same in (
         shared_model("builtin:draft", device="cpu", progress=True),
-        shared_model("builtin:draft", device="cpu", dtype="float32", revision=None),
-        shared_model("builtin:draft", device="cpu", dtype=torch.float32, trust_remote_code=False),
+        shared_model("builtin:draft", device="cpu", revision=None, trust_remote_code=False),
         shared_model(folder, device="cpu"),
         shared_model(f"./{nearby}", device="cpu"),
     ):
         assert same is first
+    exact = shared_model("builtin:draft", device="cpu", dtype="float32", progress=False)
+    assert shared_model("builtin:draft", device="cpu", dtype=torch.float32) is exact
 
 
 def test_other_options_are_another_model() -> None:

@@ -17,6 +17,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -25,6 +26,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ..config import Quantization
 from ..errors import DraftSieveError, ModelError, ModelNotFoundError
 from .bars import progress_bars
+from .devices import auto_dtype, pick_device, pick_dtype
 from .footprint import explain_out_of_memory, footprint, is_out_of_memory
 from .gguf import gguf_tokenizer, load_gguf
 from .gguf_file import find_gguf, read_gguf
@@ -68,7 +70,9 @@ def load_model(
         quantization: How weights are quantised while loading: a `Quantization`, or any of
             transformers' configs (`BitsAndBytesConfig`, ...); None for as they are.
         device: "auto" (CUDA where present, else CPU), "cpu", "cuda", "cuda:1", ...
-        dtype: "auto" is the checkpoint's own type on CUDA and float32 on CPU.
+        dtype: "auto" is the checkpoint's own type on CUDA. On a CPU it is float32, but bfloat16
+            for models of 50 million parameters or more that are stored in half precision, where
+            the processor multiplies bfloat16 (AMX, AVX512_BF16) and nothing is quantised.
         attn_implementation: "eager", "sdpa", "flash_attention_2", ...; None for the model's
             default.
         trust_remote_code: Run code that a hub repository carries. Off unless you ask for it.
@@ -87,7 +91,10 @@ def load_model(
         "device_map": {"": place},
         "attn_implementation": attn_implementation,
     }
+    on_cpu = torch.device(place).type == "cpu"
     if quantization is not None:
+        if on_cpu and options["dtype"] == "auto":
+            options["dtype"] = torch.float32
         options["quantization_config"] = _quantization_config(quantization, options["dtype"])
     obstacle = None if Path(source).exists() else hub_obstacle()
     files: dict[str, Any] = {"revision": revision, "local_files_only": obstacle is not None}
@@ -99,9 +106,13 @@ def load_model(
         progress_bars(progress),
     ):
         if (file := find_gguf(source, gguf_file, **files)) is not None:
+            if on_cpu and options["dtype"] == "auto":  # at about a byte for each parameter
+                options["dtype"] = auto_dtype(torch.float16, file.stat().st_size)
             model, tokenizer = load_gguf(file, **options)
         else:
-            AutoConfig.from_pretrained(source, **where)
+            config = AutoConfig.from_pretrained(source, **where)
+            if on_cpu and options["dtype"] == "auto":
+                options["dtype"] = _cpu_dtype(config, trust_remote_code)
             tokenizer = AutoTokenizer.from_pretrained(source, **where)
             model = AutoModelForCausalLM.from_pretrained(source, **where, **options)
     accept(model)
@@ -129,29 +140,12 @@ def load_tokenizer(
     return tokenizer
 
 
-def pick_device(device: str) -> str:
-    """ "auto" is CUDA where present, else CPU; anything else is checked and returned."""
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        kind = torch.device(device).type
-    except RuntimeError as error:
-        raise ModelError(f"{device!r} is no device; try 'auto', 'cpu' or 'cuda'.") from error
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise ModelError(f"device={device!r}, but this torch sees no CUDA device; try 'auto'.")
-    return device
-
-
-def pick_dtype(dtype: str | torch.dtype, device: str) -> str | torch.dtype:
-    """ "auto" stays the checkpoint's own type on an accelerator and becomes float32 on CPU."""
-    if isinstance(dtype, torch.dtype):
-        return dtype
-    if dtype == "auto":
-        return torch.float32 if device == "cpu" else "auto"
-    found = getattr(torch, dtype, None)
-    if not isinstance(found, torch.dtype):
-        raise ModelError(f"{dtype!r} is no dtype; try 'auto', 'float32' or 'bfloat16'.")
-    return found
+def _cpu_dtype(config: PreTrainedConfig, trust_remote_code: bool) -> torch.dtype:
+    """See `auto_dtype`; the model is only counted, not made."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    stored = config.dtype if isinstance(config.dtype, torch.dtype) else None
+    return auto_dtype(stored, model.num_parameters())
 
 
 def context_window(model: PreTrainedModel) -> int | None:

@@ -9,7 +9,8 @@ from typing import Any, TypedDict, Unpack
 
 import torch
 
-from .loading import AnyQuantization, LoadedModel, load_model, pick_device, pick_dtype
+from .devices import pick_device, pick_dtype
+from .loading import AnyQuantization, LoadedModel, load_model
 from .names import resolve
 
 

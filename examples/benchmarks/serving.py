@@ -23,7 +23,7 @@ from compression_cost import Text, python_reference, take
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from draftsieve import Answer, Engine, Generation, SpecKV
-from draftsieve.core.models.loading import pick_device
+from draftsieve.core.models.devices import pick_device
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,7 @@ from compression_cost import Text, python_reference, take
 from serving import entry_bytes, random_pair
 
 from draftsieve import Engine, Generation, SpecKV
-from draftsieve.core.models.loading import pick_device
+from draftsieve.core.models.devices import pick_device
 from draftsieve.core.session import Session
 
 READ_AGAIN = "read again"
