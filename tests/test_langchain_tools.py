@@ -169,6 +169,12 @@ async def test_an_object_that_is_cut_off_is_not_made_up(method: str, schema: Any
     assert caught.value.llm_output
     with pytest.raises(OutputParserException, match=said):
         await model.ainvoke(QUESTION)
+    with pytest.raises(OutputParserException, match=said):
+        list(model.stream(QUESTION))
+    with pytest.raises(OutputParserException, match=said):
+        _ = [piece async for piece in model.astream(QUESTION)]
+    whole = talker().with_structured_output(schema, method=method)
+    assert list(whole.stream(QUESTION))[-1] == whole.invoke(QUESTION)
     found = short.with_structured_output(schema, method=method, include_raw=True).invoke(QUESTION)
     assert found["parsed"] is None
     assert isinstance(found["parsing_error"], OutputParserException)

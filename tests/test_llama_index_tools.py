@@ -234,6 +234,12 @@ async def test_structured_streams_end_in_a_valid_object() -> None:
     assert list(model.stream_structured_predict(Trip, TEMPLATE, what=QUESTION))[-1] == expected
     stream = await model.astream_structured_predict(Trip, TEMPLATE, what=QUESTION)
     assert [found async for found in stream][-1] == expected
+    short = llm(max_tokens=9)
+    with pytest.raises(ModelError, match="cut off by max_tokens"):
+        list(short.stream_structured_predict(Trip, TEMPLATE, what=QUESTION))
+    stream = await short.astream_structured_predict(Trip, TEMPLATE, what=QUESTION)
+    with pytest.raises(ModelError, match="cut off by max_tokens"):
+        _ = [found async for found in stream]
 
 
 def test_a_program_of_another_mode_is_kept() -> None:

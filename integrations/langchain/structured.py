@@ -70,7 +70,7 @@ class _CallOfClass(PydanticToolsParser):
     """LangChain's parser gives None where there is no whole call; this one raises."""
 
     def parse_result(self, result: list[Generation], *, partial: bool = False) -> Any:
-        if not partial:
+        if _is_whole(result[0], partial):
             _check_call(result[0])
         return super().parse_result(result, partial=partial)
 
@@ -79,7 +79,7 @@ class _CallByName(JsonOutputKeyToolsParser):
     """The same for dicts."""
 
     def parse_result(self, result: list[Generation], *, partial: bool = False) -> Any:
-        if not partial:
+        if _is_whole(result[0], partial):
             _check_call(result[0])
         return super().parse_result(result, partial=partial)
 
@@ -88,7 +88,7 @@ class _WholeJson(JsonOutputParser):
     """LangChain's parser completes JSON that was cut off; this one raises."""
 
     def parse_result(self, result: list[Generation], *, partial: bool = False) -> Any:
-        if not partial:
+        if _is_whole(result[0], partial):
             _check_json(result[0])
         return super().parse_result(result, partial=partial)
 
@@ -97,9 +97,15 @@ class _WholeObject(PydanticOutputParser[Any]):
     """The same for pydantic objects."""
 
     def parse_result(self, result: list[Generation], *, partial: bool = False) -> Any:
-        if not partial:
+        if _is_whole(result[0], partial):
             _check_json(result[0])
         return super().parse_result(result, partial=partial)
+
+
+def _is_whole(answer: Generation, partial: bool) -> bool:
+    """Whether nothing more is to come; in a stream the last piece says so."""
+    message = answer.message if isinstance(answer, ChatGeneration) else None
+    return not partial or getattr(message, "chunk_position", None) == "last"
 
 
 def _check_call(answer: Generation) -> None:

@@ -27,6 +27,7 @@ from llama_index.core.base.llms.types import (
 from llama_index.core.constants import DEFAULT_CONTEXT_WINDOW
 from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
 from llama_index.core.llms.llm import ToolSelection
+from llama_index.core.program.function_program import FunctionCallingProgram
 from llama_index.core.program.utils import get_program_for_llm
 from llama_index.core.prompts import PromptTemplate
 from llama_index.core.tools.types import BaseTool
@@ -189,7 +190,10 @@ class DraftSieveLLM(EngineOptions):
         **prompt_args: Any,
     ) -> Generator[Any, None, None]:
         program = self._program(output_cls, prompt)
-        return program.stream_call(llm_kwargs=llm_kwargs, **prompt_args)
+        last = None
+        for last in program.stream_call(llm_kwargs=llm_kwargs, **prompt_args):
+            yield last
+        _check_end(program, last)
 
     async def _structured_astream_call(
         self,
@@ -199,7 +203,15 @@ class DraftSieveLLM(EngineOptions):
         **prompt_args: Any,
     ) -> AsyncGenerator[Any, None]:
         program = self._program(output_cls, prompt)
-        return await program.astream_call(llm_kwargs=llm_kwargs, **prompt_args)
+        found = await program.astream_call(llm_kwargs=llm_kwargs, **prompt_args)
+
+        async def objects() -> AsyncGenerator[Any, None]:
+            last = None
+            async for last in found:
+                yield last
+            _check_end(program, last)
+
+        return objects()
 
     def _program(
         self, output_cls: type[Model], prompt: PromptTemplate
@@ -259,6 +271,16 @@ class DraftSieveLLM(EngineOptions):
             delta=delta,
             raw=answer and report(answer, self.model, method),
             additional_kwargs={} if answer is None else token_counts(answer),
+        )
+
+
+def _check_end(program: BasePydanticProgram[Any], last: object) -> None:
+    """A stream of tool calls that was cut off ends in half an object."""
+    wanted = program.output_cls
+    if isinstance(program, FunctionCallingProgram) and not isinstance(last, wanted):
+        raise ModelError(
+            f"The stream ended before it held a whole {wanted.__name__}, cut off by max_tokens: "
+            "allow more max_tokens."
         )
 
 
