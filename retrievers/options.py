@@ -8,7 +8,8 @@ from typing import Any, TypedDict
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat
 
 from ..core.compressor import Compressor
-from ..core.config import OnError, Quantization, SpecPC
+from ..core.config import OnError, SpecPC
+from ..core.models.loading import AnyQuantization
 from ..core.models.shared import shared_model
 from ..core.options import told_as_config_errors
 from ..core.prompt.messages import DEFAULT_SYSTEM
@@ -34,7 +35,8 @@ class DraftOptions(BaseModel):
         on_error: "original" goes on with the whole texts when the draft fails, and logs a
             warning; "raise" raises.
         system: The system text that the draft reads in front of the passages; None for none.
-        quantization: Weights in 4 or 8 bits.
+        quantization: How its weights are quantised: a `Quantization` (4 or 8 bits) or one of
+            transformers' configs.
         device: "auto", "cpu", "cuda", ...
         dtype: "auto", "float32", "bfloat16", ...
         template_options: Passed to the draft's chat template.
@@ -53,7 +55,7 @@ class DraftOptions(BaseModel):
     timeout: PositiveFloat | None = None
     on_error: OnError = "original"
     system: str | None = DEFAULT_SYSTEM
-    quantization: Quantization | None = None
+    quantization: AnyQuantization | None = None
     device: str = "auto"
     dtype: str = "auto"
     template_options: Mapping[str, Any] | None = None
@@ -113,7 +115,7 @@ class DraftArguments(TypedDict, total=False):
     timeout: float | None
     on_error: OnError
     system: str | None
-    quantization: Quantization | None
+    quantization: AnyQuantization | None
     device: str
     dtype: str
     template_options: Mapping[str, Any] | None

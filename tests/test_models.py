@@ -22,6 +22,8 @@ from draftsieve.core.models.devices import (
     pick_dtype,
 )
 from draftsieve.core.models.loading import load_model, load_tokenizer
+from draftsieve.integrations._shared.options import EngineOptions
+from draftsieve.retrievers.options import DraftOptions
 from examples.benchmarks import dtype_cpu
 
 QUESTION = "Which badge was issued to Mira Tolen?"
@@ -293,6 +295,13 @@ def test_a_ready_configuration_of_transformers_quantises() -> None:
     assert answer.usage.completion_tokens > 0
     ready = Compressor.load("builtin:draft", quantization=config, device="cpu", progress=False)
     assert ready.model.is_loaded_in_4bit
+    assert DraftOptions(quantization=config, device="cpu").loaded.model.is_loaded_in_4bit
+    options = EngineOptions(
+        draft="builtin:draft", quantization=config, draft_quantization=config, device="cpu"
+    )
+    assert options.loaded.target.is_loaded_in_4bit
+    assert options.loaded.draft is not None
+    assert options.loaded.draft.is_loaded_in_4bit
 
 
 @pytest.mark.parametrize("shown", [True, False])

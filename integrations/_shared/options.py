@@ -7,11 +7,11 @@ from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from ...core.config import Generation, Method, OnError, Quantization
+from ...core.config import Generation, Method, OnError
 from ...core.engine import Engine
 from ...core.errors import ModelError
 from ...core.grammar import Grammar
-from ...core.models.loading import load_model
+from ...core.models.loading import AnyQuantization, load_model
 from ...core.models.shared import shared_model
 from ...core.options import Options, told_as_config_errors
 from ...core.speckv.scorers import needs_draft
@@ -62,8 +62,9 @@ class EngineOptions(BaseModel):
         repetition_penalty: Above 1 against repetitions, which small models fall into.
         seed: Seed of the sampling; None draws a fresh one.
         stop: Strings that end an answer; a call's own `stop` replaces them.
-        quantization: Weights of the target in 4 or 8 bits.
-        draft_quantization: Weights of the draft in 4 or 8 bits.
+        quantization: How the target's weights are quantised: a `Quantization` (4 or 8 bits) or
+            one of transformers' configs.
+        draft_quantization: The same for the draft's.
         device: "auto", "cpu", "cuda", ...
         draft_device: The same for the draft; None for the target's.
         dtype: "auto", "float32", "bfloat16", ...
@@ -95,8 +96,8 @@ class EngineOptions(BaseModel):
     repetition_penalty: float = 1.0
     seed: int | None = None
     stop: list[str] | None = None
-    quantization: Quantization | None = None
-    draft_quantization: Quantization | None = None
+    quantization: AnyQuantization | None = None
+    draft_quantization: AnyQuantization | None = None
     device: str = "auto"
     draft_device: str | None = None
     dtype: str = "auto"

@@ -12,9 +12,10 @@ from langchain_core.utils.function_calling import convert_to_openai_tool
 from pydantic import TypeAdapter
 
 from ...core.compressor import Compressor
-from ...core.config import NEWEST_PRESET, OnError, Quantization, SpecPC
+from ...core.config import NEWEST_PRESET, OnError, SpecPC
 from ...core.conversation.compressor import TurnCompressor
 from ...core.conversation.turns import Keep, Turn
+from ...core.models.loading import AnyQuantization
 from ...core.prompt.messages import DEFAULT_SYSTEM
 from ...retrievers.extras import require
 from ...retrievers.options import DraftOptions
@@ -72,7 +73,7 @@ class DraftCompressionMiddleware(AgentMiddleware[AgentState[Any], Any, Any]):
         max_input_tokens: Most tokens that the model reads, as the draft counts them; None for
             what its profile says.
         system: The system text that the draft reads; None for none.
-        quantization: Weights in 4 or 8 bits.
+        quantization: A `Quantization` (4 or 8 bits), or one of transformers' configs.
         device: "auto", "cpu", "cuda", ...
         dtype: "auto", "float32", "bfloat16", ...
         template_options: Passed to the draft's chat template.
@@ -101,7 +102,7 @@ class DraftCompressionMiddleware(AgentMiddleware[AgentState[Any], Any, Any]):
         recall: bool = False,
         max_input_tokens: int | None = None,
         system: str | None = DEFAULT_SYSTEM,
-        quantization: Quantization | None = None,
+        quantization: AnyQuantization | None = None,
         device: str = "auto",
         dtype: str = "auto",
         template_options: Mapping[str, Any] | None = None,
