@@ -1,4 +1,4 @@
-"""A KV cache that is physically smaller; with `joining.py` all that knows transformers' internals.
+"""A KV cache that is physically smaller; with `batch.py`, `trees.py` all that knows its internals.
 
 An evicted layer holds `slots` entries a head although `seen` tokens went by. Its slots pose as the
 last positions before the next token, so transformers' masks fit; keys keep the rotation of their
