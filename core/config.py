@@ -311,12 +311,24 @@ class Generation(Options):
 
 
 class Quantization(Options):
-    """Weight quantisation by bitsandbytes, on CPU or CUDA.
+    """Weight quantisation while loading, on CPU or CUDA.
 
     Args:
-        bits: 4 (nf4) or 8 (LLM.int8).
+        bits: 4 (nf4) or 8.
         double_quant: Quantise the 4-bit scales too; saves about 0.4 bits a weight.
+        backend: "bitsandbytes" (8 bits: LLM.int8), or "torchao" (8 bits: weights alone, one scale
+            a row, which is closer to the unquantised model; needs the extra `[torchao]`).
     """
 
     bits: Literal[4, 8] = 4
     double_quant: bool = False
+    backend: Literal["bitsandbytes", "torchao"] = "bitsandbytes"
+
+    @model_validator(mode="after")
+    def _backend_can(self) -> Quantization:
+        if self.backend == "torchao" and (self.bits == 4 or self.double_quant):
+            raise ValueError(
+                'backend="torchao" quantises to 8 bits without double_quant: give bits=8, or '
+                'backend="bitsandbytes".'
+            )
+        return self

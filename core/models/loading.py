@@ -7,6 +7,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -20,11 +21,12 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    TorchAoConfig,
 )
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..config import Quantization
-from ..errors import DraftSieveError, ModelError, ModelNotFoundError
+from ..errors import DraftSieveError, MissingExtraError, ModelError, ModelNotFoundError
 from .bars import progress_bars
 from .devices import auto_dtype, pick_device, pick_dtype
 from .footprint import explain_out_of_memory, footprint, is_out_of_memory
@@ -182,6 +184,8 @@ def _quantization_config(
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns at every int8 matmul
     if isinstance(options, QuantizationConfigMixin):
         return options
+    if options.backend == "torchao":
+        return _torchao()
     if options.bits == 8:
         return BitsAndBytesConfig(load_in_8bit=True)
     compute = dtype if isinstance(dtype, torch.dtype) else torch.bfloat16
@@ -191,6 +195,17 @@ def _quantization_config(
         bnb_4bit_compute_dtype=compute,
         bnb_4bit_use_double_quant=options.double_quant,
     )
+
+
+def _torchao() -> QuantizationConfigMixin:
+    if find_spec("torchao") is None:
+        raise MissingExtraError(
+            'Quantization(backend="torchao") needs torchao, which is not installed: '
+            'pip install "draftsieve[torchao]"'
+        )
+    from torchao.quantization import Int8WeightOnlyConfig
+
+    return TorchAoConfig(Int8WeightOnlyConfig(version=2))
 
 
 def accept(model: PreTrainedModel) -> PreTrainedModel:
