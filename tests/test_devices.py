@@ -121,9 +121,8 @@ def test_families_read_the_same_on_cuda(name: str, implementation: str) -> None:
     prompt = families.ids(70)[0]
     found = {}
     for device in ("cpu", "cuda"):
-        model = families.build(name, implementation).to(device)
+        model = families.fresh(name, implementation).to(device)
         done = evict(model, [prompt], [prompt[:4]], SpecKV(window_size=6), [30])
         steps = next_tokens(model, [prompt], SHORT, done.start)
         found[device] = [token for (token,) in steps]
-    families.build(name, implementation).to("cpu")
     assert found["cuda"] == found["cpu"]
