@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from typing import Any
@@ -37,11 +37,13 @@ def told_as_config_errors(owner: type[BaseModel]) -> Iterator[None]:
     try:
         yield
     except ValidationError as error:
-        told = dict.fromkeys(_sentence(owner, each) for each in error.errors())
+        found = error.errors()
+        wanted = [each["ctx"]["class_name"] for each in found if each["type"] == "model_type"]
+        told = dict.fromkeys(_sentence(owner, each, wanted) for each in found)
         raise ConfigError(" ".join(told)) from error
 
 
-def _sentence(owner: type[BaseModel], error: Mapping[str, Any]) -> str:
+def _sentence(owner: type[BaseModel], error: Mapping[str, Any], wanted: Sequence[str]) -> str:
     """One of pydantic's findings as a sentence with the option's name and value."""
     name, kind = str(error["loc"][0]) if error["loc"] else "", error["type"]
     if kind == "value_error":  # raised by a validator of ours, a sentence already
@@ -53,4 +55,6 @@ def _sentence(owner: type[BaseModel], error: Mapping[str, Any]) -> str:
     if kind == "missing":
         return f"{owner.__name__} needs the option {name!r}."
     message = str(error["msg"])
+    if kind == "model_type":  # one finding for each class of a union
+        message = f"input should be {' or '.join(wanted)}"
     return f"{owner.__name__}({name}={error['input']!r}): {message[:1].lower()}{message[1:]}."
