@@ -178,9 +178,9 @@ class Engine(PromptEngine):
             ModelError: A layer of a model is not plain full attention.
             RequestTimeoutError: The time is up.
         """
-        pipeline = self._need_pipeline()
+        scheduler = self._need_scheduler()
         with until(deadline_after(timeout)):
-            return open_session(pipeline, self._worker, passages, system, self.model_name, storage)
+            return open_session(scheduler, passages, system, self.model_name, storage)
 
     async def asession(
         self,
@@ -206,7 +206,7 @@ class Engine(PromptEngine):
         Raises:
             ModelError: There is no session, it is damaged, or it was made with other weights.
         """
-        return load_session(self._need_pipeline(), self._worker, path, self.model_name, mmap)
+        return load_session(self._need_scheduler(), path, self.model_name, mmap)
 
 
 def _prompts(

@@ -17,6 +17,7 @@ from .config import Generation, Method, OnError
 from .errors import NO_DRAFT, ModelError, PromptError
 from .generation.answer import answer_of
 from .generation.pipeline import Pipeline
+from .generation.scheduler import Scheduler
 from .generation.speculative.drafters.store import TrigramStore
 from .generation.trace import trace
 from .models.footprint import explain_out_of_memory, footprint
@@ -24,15 +25,15 @@ from .models.loading import AnyQuantization, accept, context_window, load_model
 from .prompt.encoder import PromptEncoder
 from .prompt.messages import Prompt
 from .runtime.worker import Worker
-from .session import last_answer
 from .types import Answer, Chunk, Trace
 
 
 class PromptEngine:
     """A target model with an optional draft, asked with chat prompts; see `Engine`.
 
-    Asynchronous twins run in the engine's one worker thread, where requests take turns, token by
-    token. Cancelling the task ends its request at the next layer or token of either model.
+    Asynchronous twins run in the engine's one worker thread: prompts are read in turn, what is
+    being answered goes on as one batch meanwhile. Cancelling the task ends its request at the next
+    layer or token of either model.
 
     Args:
         target_model: Any causal model of transformers.
@@ -65,7 +66,7 @@ class PromptEngine:
         self.context_window = context_window(target_model)
         self.tokenizer, self.template_options = tokenizer, template_options
         self.compressor: Compressor | None = None
-        self._pipeline: Pipeline | None = None
+        self._scheduler: Scheduler | None = None
         reader = draft_tokenizer or tokenizer
         if draft_model is not None and reader is not None:
             self.compressor = Compressor(
@@ -76,7 +77,8 @@ class PromptEngine:
         if tokenizer is not None:
             encoder = PromptEncoder(tokenizer, template_options)
             draft = None if self.compressor is None else self.compressor.draft
-            self._pipeline = Pipeline(target_model, tokenizer, encoder, draft, draft_store)
+            pipeline = Pipeline(target_model, tokenizer, encoder, draft, draft_store)
+            self._scheduler = Scheduler(pipeline, self._worker)
 
     @classmethod
     def load(
@@ -180,8 +182,8 @@ class PromptEngine:
         on_error: OnError = "raise",
     ) -> Answer:
         """`generate` without blocking the event loop."""
-        chunks = self.astream_prompt(prompt, method, generation=generation, on_error=on_error)
-        return await last_answer(chunks)
+        options = generation or Generation()
+        return await self._need_scheduler().answer(prompt, method, options, on_error)
 
     def generate_many(
         self,
@@ -201,7 +203,15 @@ class PromptEngine:
             generation: Decoding options of all prompts, or one for each.
             on_error: As for `answer`.
         """
-        return list(self._steps(prompts, method, generation, on_error))[-1]
+        options = _options(prompts, generation)
+        pipeline = self._need_pipeline()
+        if not prompts:
+            return []
+        requests = pipeline.prepare(prompts, method, options, on_error)
+        texts = [""] * len(requests)
+        for pieces in pipeline.decode(requests):
+            texts = [text + piece for text, piece in zip(texts, pieces, strict=True)]
+        return [answer_of(request, text) for request, text in zip(requests, texts, strict=True)]
 
     async def agenerate_many(
         self,
@@ -211,31 +221,9 @@ class PromptEngine:
         generation: Generation | Sequence[Generation] | None = None,
         on_error: OnError = "raise",
     ) -> list[Answer]:
-        """`generate_many` without blocking the event loop."""
-        steps = self._steps(prompts, method, generation, on_error)
-        return [step async for step in self._worker.steps(steps)][-1]
-
-    def _steps(
-        self,
-        prompts: Sequence[Prompt],
-        method: Method | None,
-        generation: Generation | Sequence[Generation] | None,
-        on_error: OnError,
-    ) -> Iterator[list[Answer]]:
-        """Nothing for each step of a batch, at last its answers."""
-        each = generation or Generation()
-        options = [each] * len(prompts) if isinstance(each, Generation) else each
-        require_equal("prompts", prompts, "generation options", options)
-        pipeline = self._need_pipeline()
-        requests = pipeline.prepare(prompts, method, options, on_error)
-        if not requests:
-            yield []
-            return
-        texts = [""] * len(requests)
-        for pieces in pipeline.decode(requests):
-            texts = [text + piece for text, piece in zip(texts, pieces, strict=True)]
-            yield []
-        yield [answer_of(request, text) for request, text in zip(requests, texts, strict=True)]
+        """`generate_many` without blocking the event loop; prompts are read one by one."""
+        options = _options(prompts, generation)
+        return await self._need_scheduler().answer_many(prompts, method, options, on_error)
 
     def stream_prompt(
         self,
@@ -258,8 +246,8 @@ class PromptEngine:
         on_error: OnError = "raise",
     ) -> AsyncIterator[Chunk]:
         """`stream_prompt` without blocking the event loop."""
-        chunks = self.stream_prompt(prompt, method, generation=generation, on_error=on_error)
-        return self._worker.steps(chunks)
+        options = generation or Generation()
+        return self._need_scheduler().stream(prompt, method, options, on_error)
 
     def render(self, prompt: Prompt) -> str:
         """The text of a prompt exactly as the target reads it, the template's tokens included.
@@ -316,9 +304,22 @@ class PromptEngine:
         return self.compressor
 
     def _need_pipeline(self) -> Pipeline:
-        if self._pipeline is None:
+        return self._need_scheduler().pipeline
+
+    def _need_scheduler(self) -> Scheduler:
+        if self._scheduler is None:
             raise ModelError("This engine has no tokenizer, so it can only trace token ids.")
-        return self._pipeline
+        return self._scheduler
+
+
+def _options(
+    prompts: Sequence[Prompt], generation: Generation | Sequence[Generation] | None
+) -> Sequence[Generation]:
+    """Decoding options of each prompt."""
+    if generation is None or isinstance(generation, Generation):
+        return [generation or Generation()] * len(prompts)
+    require_equal("prompts", prompts, "generation options", generation)
+    return generation
 
 
 def require_equal(what: str, some: Sequence[Any], others: str, more: Sequence[Any]) -> None:

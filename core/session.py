@@ -13,23 +13,18 @@ from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import torch
-from transformers import PreTrainedModel
-
 from .config import Generation, Method, SpecKV
 from .errors import ConfigError, ModelError, PromptError
-from .generation.pipeline import Pipeline
+from .generation.pair import Pair
+from .generation.remember import remember
+from .generation.scheduler import Scheduler
 from .kv_cache.files import SavedSession, read_files, write_files
-from .kv_cache.prefix import Memory, read_memory
 from .kv_cache.storage import Storage
-from .models.footprint import explain_out_of_memory
 from .models.loading import fingerprint
-from .prompt.encoder import PromptTokens
 from .prompt.messages import Prompt
 from .request import Memories
 from .runtime.limits import Clock, deadline_after, until
-from .runtime.worker import Worker
-from .types import Answer, Chunk, Passage, Segment
+from .types import Answer, Chunk, Passage
 
 logger = logging.getLogger(__name__)
 
@@ -63,8 +58,7 @@ class Session:
     Safe to use from several threads: asking changes nothing.
     """
 
-    pipeline: Pipeline
-    worker: Worker  # of the engine, for asynchronous requests
+    scheduler: Scheduler  # of the engine
     passages: tuple[Passage, ...]
     system: str | None
     memories: Memories
@@ -106,7 +100,8 @@ class Session:
         generation: Generation | None = None,
     ) -> Answer:
         """`answer` without blocking the event loop, in turns with the engine's other requests."""
-        return await last_answer(self.astream(question, method, generation=generation))
+        prompt, options = self._asked(question, method), generation or Generation()
+        return await self.scheduler.answer(prompt, method, options, "raise", self.memories)
 
     def stream(
         self,
@@ -116,10 +111,9 @@ class Session:
         generation: Generation | None = None,
     ) -> Iterator[Chunk]:
         """`answer` piece by piece; the last chunk carries the `Answer`. Close it to cancel."""
-        _require_cache_method(method)
-        options = generation or Generation()
-        prompt = Prompt.from_question(question, self.passages, system=self.system)
-        return self.pipeline.stream(prompt, method, options, "raise", self.memories)
+        prompt, options = self._asked(question, method), generation or Generation()
+        pipeline = self.scheduler.pipeline
+        return pipeline.stream(prompt, method, options, "raise", self.memories)
 
     def astream(
         self,
@@ -129,7 +123,8 @@ class Session:
         generation: Generation | None = None,
     ) -> AsyncIterator[Chunk]:
         """`stream` without blocking the event loop, in turns with the engine's other requests."""
-        return self.worker.steps(self.stream(question, method, generation=generation))
+        prompt, options = self._asked(question, method), generation or Generation()
+        return self.scheduler.stream(prompt, method, options, "raise", self.memories)
 
     def extend(self, passages: Sequence[str | Passage], *, timeout: float | None = None) -> Session:
         """A session with more documents behind these; only the new ones are read.
@@ -149,7 +144,8 @@ class Session:
         prompt = Prompt.from_question("?", [*self.passages, *passages], system=self.system)
         clock = Clock()
         with clock("read"), until(deadline_after(timeout)):
-            memories = _read(self.pipeline, prompt, self.storage, self.memories)
+            pair = self.scheduler.pipeline.pair
+            memories = remember(pair, prompt, self.storage, self.memories)
         return replace(
             self,
             passages=prompt.passages,
@@ -162,7 +158,16 @@ class Session:
         self, passages: Sequence[str | Passage], *, timeout: float | None = None
     ) -> Session:
         """`extend` without blocking the event loop."""
-        return await self.worker.run(self.extend, passages, timeout=timeout)
+        return await self.scheduler.worker.run(self.extend, passages, timeout=timeout)
+
+    def _asked(self, question: str, method: Method | None) -> Prompt:
+        if method is not None and not isinstance(method, SpecKV):
+            raise ModelError(
+                f"A session holds keys and values of whole documents; {type(method).__name__} "
+                "shortens their text, which would have to be read again. Use SpecKV, or "
+                "Engine.answer."
+            )
+        return Prompt.from_question(question, self.passages, system=self.system)
 
     @property
     def stats(self) -> SessionStats:
@@ -194,7 +199,7 @@ class Session:
         """
         saved = SavedSession(
             model=self.model_name,
-            weights={role: fingerprint(model) for role, model in _models(self.pipeline).items()},
+            weights=_fingerprints(self.scheduler.pipeline.pair),
             system=self.system,
             storage=self.storage,
             passages=self.passages,
@@ -203,18 +208,8 @@ class Session:
         write_files(saved, Path(path))
 
 
-async def last_answer(chunks: AsyncIterator[Chunk]) -> Answer:
-    """Drain a stream and return its answer."""
-    answer = None
-    async for chunk in chunks:
-        answer = chunk.answer
-    assert answer is not None  # the last chunk carries it
-    return answer
-
-
 def open_session(
-    pipeline: Pipeline,
-    worker: Worker,
+    scheduler: Scheduler,
     passages: Sequence[str | Passage],
     system: str | None,
     model_name: str,
@@ -223,25 +218,16 @@ def open_session(
     """Read the documents with the target, and with the draft where there is one."""
     if storage not in ("memory", "int8"):
         raise ConfigError(f"There is no storage {storage!r}; there are 'memory' and 'int8'.")
-    prompt = Prompt.from_question("?", passages, system=system)
-    clock = Clock()
+    prompt, clock = Prompt.from_question("?", passages, system=system), Clock()
     with clock("read"):
-        memories = _read(pipeline, prompt, storage)
+        memories = remember(scheduler.pipeline.pair, prompt, storage)
     return Session(
-        pipeline,
-        worker,
-        prompt.passages,
-        system,
-        memories,
-        model_name,
-        storage,
-        False,
-        clock.seconds,
+        scheduler, prompt.passages, system, memories, model_name, storage, False, clock.seconds
     )
 
 
 def load_session(
-    pipeline: Pipeline, worker: Worker, path: str | Path, model_name: str, mmap: bool = True
+    scheduler: Scheduler, path: str | Path, model_name: str, mmap: bool = True
 ) -> Session:
     """Open what `Session.save` wrote.
 
@@ -251,7 +237,7 @@ def load_session(
     clock = Clock()
     with clock("open"):
         saved = read_files(Path(path), mmap)
-    ours = {role: fingerprint(model) for role, model in _models(pipeline).items()}
+    ours = _fingerprints(scheduler.pipeline.pair)
     if saved.weights.get("target") != ours["target"]:
         raise ModelError(
             f"The session was read by {saved.model!r}, whose weights (or their quantisation) are "
@@ -260,20 +246,19 @@ def load_session(
         )
     target, draft = saved.memories["target"], saved.memories.get("draft")
     assert target is not None  # checked by read_files
-    if "draft" in ours and (draft is None or saved.weights.get("draft") != ours["draft"]):
+    if saved.weights.get("draft") != ours.get("draft"):
+        draft = None
+    if "draft" in ours and draft is None:
         logger.warning(
             "The session in %s was not read by this engine's draft, which will therefore read the "
             "documents anew for every question. Save it once more from this engine.",
             path,
         )
-        draft = None
-    memories = Memories(target, draft if "draft" in ours else None)
     return Session(
-        pipeline,
-        worker,
+        scheduler,
         saved.passages,
         saved.system,
-        memories,
+        Memories(target, draft),
         model_name,
         saved.storage,
         mmap,
@@ -281,55 +266,7 @@ def load_session(
     )
 
 
-def _models(pipeline: Pipeline) -> dict[str, PreTrainedModel]:
-    """The target and, where there is one, the draft."""
-    models = pipeline.pair.models.items()
-    return {role: model for role, model in models if model is not None}
-
-
-def _read(
-    pipeline: Pipeline, prompt: Prompt, storage: Storage, known: Memories | None = None
-) -> Memories:
-    """Both models read a prompt's beginning, or what is new of it."""
-    if not any(passage.text.strip() for passage in prompt.passages):
-        raise PromptError("A session needs passages with text: there is nothing to read.")
-    beginning = _beginning(pipeline.pair.encoder.encode(prompt))
-    if pipeline.pair.context_window is not None and len(beginning) >= pipeline.pair.context_window:
-        raise PromptError(
-            f"The passages take {len(beginning)} tokens, the target reads at most "
-            f"{pipeline.pair.context_window}: give fewer."
-        )
-    with explain_out_of_memory(f"reading {len(beginning):,} tokens", **_models(pipeline)):
-        target = _remember(
-            pipeline.pair.target, beginning, storage, None if known is None else known.target
-        )
-        draft = None
-        reader = pipeline.pair.draft
-        if reader is not None:
-            beginning = _beginning(reader.encoder.encode(prompt))
-            draft = _remember(
-                reader.model, beginning, storage, None if known is None else known.draft
-            )
-    return Memories(target, draft)
-
-
-def _remember(
-    model: PreTrainedModel, ids: torch.Tensor, storage: Storage, known: Memory | None
-) -> Memory:
-    if known is None:
-        return read_memory(model, ids, storage)
-    return known.grown(model, ids, storage)
-
-
-def _beginning(tokens: PromptTokens) -> torch.Tensor:
-    """Ids up to the last token of the last passage."""
-    places = torch.nonzero(tokens.segment == int(Segment.PASSAGE))
-    return tokens.ids[: int(places[-1]) + 1]
-
-
-def _require_cache_method(method: Method | None) -> None:
-    if method is not None and not isinstance(method, SpecKV):
-        raise ModelError(
-            f"A session holds keys and values of whole documents; {type(method).__name__} shortens "
-            "their text, which would have to be read again. Use SpecKV, or Engine.answer."
-        )
+def _fingerprints(pair: Pair) -> dict[str, str]:
+    """Of the target's weights and, where there is one, of the draft's."""
+    models = pair.models.items()
+    return {role: fingerprint(model) for role, model in models if model is not None}

@@ -83,6 +83,15 @@ def test_figures_of_the_event_loop_are_printed(small: Benchmark) -> None:
     assert all(float(seconds) > 0 for _, seconds in rows)
 
 
+@pytest.mark.parametrize("pair", ["bundled", "random"])
+def test_figures_of_concurrent_streams_are_printed(small: Benchmark, pair: str) -> None:
+    few = ("--requests", "2", "--tokens", "120", "--new-tokens", "4", "--repeats", "1")
+    said = small("concurrent_streams", *few, *(["--random"] if pair == "random" else []))
+    cells = [line.split("|")[2:7] for line in said.splitlines() if line.startswith("| `a")]
+    assert len(cells) == 3
+    assert all(float(seconds) > 0 for seconds, *_ in cells)
+
+
 @pytest.mark.parametrize(
     ("name", "rows"),
     [

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import pytest
 from langchain_core.caches import InMemoryCache
@@ -22,58 +24,60 @@ from .adapters_fixtures import (
 from .langchain_fixtures import METHOD, chat, document_messages, llm, text_of
 
 
-class Batches(Engine):
-    """A real engine that notes the sizes of its batches."""
-
-    sizes: ClassVar[list[int]] = []
-
-    def _steps(self, prompts: Any, *args: Any, **options: Any) -> Any:
-        self.sizes.append(len(prompts))
-        return super()._steps(prompts, *args, **options)
-
-
 @pytest.fixture
-def batches() -> Batches:
-    Batches.sizes = []
-    return Batches(
+def engine() -> Engine:
+    return Engine(
         tiny_model(64, seed=2), tiny_tokenizer(), draft_model=tiny_model(32, seed=1), name="tiny"
     )
+
+
+@contextmanager
+def passes(engine: Engine) -> Iterator[list[tuple[int, int]]]:
+    """(rows, tokens) of each pass of the target."""
+    seen: list[tuple[int, int]] = []
+
+    def note(_module: object, _args: object, given: dict[str, Any]) -> None:
+        seen.append(tuple(given["input_ids"].shape))
+
+    hook = engine.target.get_decoder().register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        yield seen
+    finally:
+        hook.remove()
 
 
 ASKED = ["one", "two words", QUESTION, "four", "and five"]
 
 
-async def test_a_batch_of_chats_is_one_batch(batches: Batches) -> None:
-    expected = [chat().invoke(text).content for text in ASKED]
-    model = chat(engine=batches)
-    assert [message.content for message in model.batch(ASKED)] == expected
-    assert batches.sizes == [5]
-    assert [message.content for message in await model.abatch(ASKED)] == expected
-    assert batches.sizes == [5, 5]
-    few = {"max_concurrency": 2}
-    assert [message.content for message in model.batch(ASKED, few)] == expected
-    assert [message.content for message in await model.abatch(ASKED, few)] == expected
-    assert batches.sizes[2:] == [2, 2, 1] * 2
+async def test_a_batch_of_chats_is_one_batch(engine: Engine) -> None:
+    expected = [chat(max_tokens=60).invoke(text).content for text in ASKED]
+    model = chat(engine=engine, max_tokens=60)
+    for config, most in ((None, 5), ({"max_concurrency": 2}, 2)):
+        with passes(engine) as seen:
+            assert [message.content for message in model.batch(ASKED, config)] == expected
+        assert max(rows for rows, _ in seen) == most
+        with passes(engine) as seen:
+            assert [message.content for message in await model.abatch(ASKED, config)] == expected
+        assert max(rows for rows, _ in seen) == most
     assert model.batch([]) == []
 
 
-def test_a_batch_passes_options_and_callbacks(batches: Batches) -> None:
+def test_a_batch_passes_options_and_callbacks(engine: Engine) -> None:
     seen: list[str] = []
 
     class Ends(BaseCallbackHandler):
         def on_llm_end(self, response: Any, **kwargs: Any) -> None:
             seen.append(response.generations[0][0].text)
 
-    model = chat(engine=batches).bind(max_tokens=3)
+    model = chat(engine=engine).bind(max_tokens=3)
     found = model.batch(ASKED, {"callbacks": [Ends()]}, seed=1)
-    assert batches.sizes == [5]
     assert sorted(seen) == sorted(message.content for message in found)
     assert {message.usage_metadata["output_tokens"] for message in found} == {3}
 
 
-async def test_one_faulty_input_does_not_spoil_a_batch(batches: Batches) -> None:
+async def test_one_faulty_input_does_not_spoil_a_batch(engine: Engine) -> None:
     inputs = [*ASKED[:2], [HumanMessage("   ")], " ".join(["word"] * 2000)]
-    model = chat(engine=batches)
+    model = chat(engine=engine)
     for found in (
         model.batch(inputs, return_exceptions=True),
         await model.abatch(inputs, return_exceptions=True),
@@ -86,18 +90,20 @@ async def test_one_faulty_input_does_not_spoil_a_batch(batches: Batches) -> None
         model.batch(inputs)
 
 
-def test_what_a_cache_knows_leaves_the_batch(batches: Batches) -> None:
-    model = chat(engine=batches, cache=InMemoryCache())
+def test_what_a_cache_knows_leaves_the_batch(engine: Engine) -> None:
+    model = chat(engine=engine, cache=InMemoryCache())
     model.invoke(ASKED[0])
-    found = model.batch(ASKED)
+    with passes(engine) as seen:
+        found = model.batch(ASKED)
     assert [message.content for message in found] == [chat().invoke(t).content for t in ASKED]
-    assert batches.sizes == [1, 4]
-    model.batch(ASKED)
-    assert batches.sizes == [1, 4]
+    assert sum(rows for rows, tokens in seen if tokens > 1) == 4
+    with passes(engine) as seen:
+        model.batch(ASKED)
+    assert seen == []
 
 
-def test_a_streaming_model_answers_batches_too(batches: Batches) -> None:
-    found = chat(engine=batches, streaming=True).batch(ASKED[:2])
+def test_a_streaming_model_answers_batches_too(engine: Engine) -> None:
+    found = chat(engine=engine, streaming=True).batch(ASKED[:2])
     assert [message.content for message in found] == [chat().invoke(t).content for t in ASKED[:2]]
 
 

@@ -208,7 +208,9 @@ def test_a_follow_up_uses_what_the_first_question_evicted() -> None:
     kept: list[list[set[int]]] = []
     for question in QUESTIONS[:2]:
         prompt = Prompt.from_question(question, session.passages)
-        (asked,) = session.pipeline.prepare([prompt], method, [SHORT], "raise", session.memories)
+        (asked,) = session.scheduler.pipeline.prepare(
+            [prompt], method, [SHORT], "raise", session.memories
+        )
         plan = asked.eviction
         assert plan is not None
         target = session.memories.target

@@ -50,22 +50,9 @@ class Memory:
         size = self.shared(prompt)
         ids = prompt.to(model.device).unsqueeze(0)
         positions = torch.arange(size, prompt.numel(), device=model.device).unsqueeze(0)
-        return Start(self._copy(model, size), ids[:, size:], torch.ones_like(ids), positions)
+        return Start(self.copy(model, size), ids[:, size:], torch.ones_like(ids), positions)
 
-    def grown(self, model: PreTrainedModel, ids: torch.Tensor, storage: Storage) -> Memory:
-        """The memory of a longer beginning, of which only what is new is read.
-
-        Args:
-            model: The model that read this one.
-            ids: (tokens,) int64.
-            storage: Of this memory.
-        """
-        size = self.shared(ids)
-        new = _read(model, ids, self._copy(model, size), size, storage)
-        pairs = zip(self.part(size), new, strict=True)
-        return Memory(ids.cpu(), tuple(old.followed_by(more) for old, more in pairs))
-
-    def _copy(self, model: PreTrainedModel, size: int) -> DynamicCache:
+    def copy(self, model: PreTrainedModel, size: int) -> DynamicCache:
         """A working cache of the first `size` tokens."""
         cache = StoppableCache(config=model.config)
         for index, layer in enumerate(self.part(size) if size else []):
@@ -73,33 +60,37 @@ class Memory:
         return cache
 
 
-def read_memory(model: PreTrainedModel, ids: torch.Tensor, storage: Storage = "memory") -> Memory:
+def read_memory(
+    model: PreTrainedModel,
+    ids: torch.Tensor,
+    storage: Storage = "memory",
+    known: Memory | None = None,
+) -> Memory:
     """Read tokens once and keep all their keys and values.
 
     Args:
         model: Full attention in every layer.
         ids: (tokens,) int64.
-        storage: "memory" keeps the model's own numbers, "int8" rounds them (see `stored.py`).
+        storage: "memory" keeps the model's own numbers, "int8" rounds them (see `storage.py`).
+        known: A memory of the same storage; what it shares with the tokens is not read again.
 
     Raises:
         ModelError: A layer is not plain full attention.
     """
     require_full_attention(model)
-    cache = StoppableCache(config=model.config)
-    return Memory(ids.cpu(), tuple(_read(model, ids, cache, 0, storage)))
-
-
-def _read(
-    model: PreTrainedModel, ids: torch.Tensor, cache: DynamicCache, known: int, storage: Storage
-) -> list[StoredLayer]:
-    """Read ids behind the first `known` that a cache holds; store the new part per layer."""
+    size = 0 if known is None else known.shared(ids)
+    cache = StoppableCache(config=model.config) if known is None else known.copy(model, size)
     with torch.no_grad():
         model.get_decoder()(
-            input_ids=ids[known:].unsqueeze(0).to(model.device),
+            input_ids=ids[size:].unsqueeze(0).to(model.device),
             past_key_values=cache,
             use_cache=True,
         )
-    return [
-        StoredLayer(*(StoredStates.of(states[:, :, known:], storage) for states in pair))
+    new = [
+        StoredLayer(*(StoredStates.of(states[:, :, size:], storage) for states in pair))
         for pair in full_states(cache)
     ]
+    if known is not None:
+        pairs = zip(known.part(size), new, strict=True)
+        new = [old.followed_by(more) for old, more in pairs]
+    return Memory(ids.cpu(), tuple(new))

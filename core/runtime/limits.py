@@ -13,13 +13,21 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from threading import Event
+from typing import Protocol
 
 from ..errors import RequestTimeoutError
 
 _DEADLINE: ContextVar[float | None] = ContextVar("draftsieve_deadline", default=None)
 _ASKED: ContextVar[float | None] = ContextVar("draftsieve_asked", default=None)
-_CANCELLED: ContextVar[Event | None] = ContextVar("draftsieve_cancelled", default=None)
+_CANCELLED: ContextVar[Signal | None] = ContextVar("draftsieve_cancelled", default=None)
+
+
+class Signal(Protocol):
+    """Such as `threading.Event`."""
+
+    def is_set(self) -> bool:
+        """Whether it was given."""
+        ...
 
 
 class RequestCancelledError(BaseException):
@@ -48,7 +56,7 @@ def until(deadline: float | None) -> Iterator[None]:
 
 
 @contextmanager
-def waiting(cancelled: Event, asked: float) -> Iterator[None]:
+def waiting(cancelled: Signal, asked: float) -> Iterator[None]:
     """Work inside the block for a caller who waits.
 
     Args:

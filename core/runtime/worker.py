@@ -1,16 +1,15 @@
-"""Blocking calls of a model for asynchronous callers: a thread for them, one after another."""
+"""Blocking work of a model for asynchronous callers: one thread with a queue, and what it tells."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
-from dataclasses import dataclass, field
 from functools import partial
 from threading import Event
-from typing import ParamSpec, TypeVar
+from typing import Generic, ParamSpec, TypeVar
 
 from .limits import RequestCancelledError, check_deadline, waiting
 
@@ -19,10 +18,9 @@ T = TypeVar("T")
 
 
 class Worker:
-    """One thread and its queue: asynchronous calls of one model never run beside each other.
+    """One thread and its queue: asynchronous work of one model never runs beside other such work.
 
-    Streams take turns step by step. When the caller is cancelled, its call ends at the model's
-    next layer or token. Works with any number of event loops; sync calls do not pass through it.
+    Works with any number of event loops; sync calls do not pass through it.
     """
 
     def __init__(self) -> None:
@@ -32,49 +30,60 @@ class Worker:
         return Worker, ()  # a copy has a thread of its own
 
     async def run(self, call: Callable[P, T], *args: P.args, **options: P.kwargs) -> T:
-        """Run a call when its turn comes; the event loop stays free."""
-        caller = _Caller()
+        """Run a call when its turn comes; when the caller is cancelled, it ends at the next layer.
+
+        Args:
+            call: Looks at `check_deadline` now and then.
+            args: Of the call.
+            options: Of the call.
+        """
+        gone, asked = Event(), time.monotonic()
+
+        def job() -> T | None:
+            try:
+                with waiting(gone, asked):
+                    check_deadline()
+                    return call(*args, **options)
+            except RequestCancelledError:
+                return None
+
         try:
-            found = await self._submit(caller, partial(call, *args, **options))
+            loop = asyncio.get_running_loop()
+            found = await loop.run_in_executor(self._thread, partial(copy_context().run, job))
         finally:
-            caller.gone.set()
+            gone.set()
         assert found is not None  # a call is without a result only where it was cancelled
         return found
 
-    async def steps(self, stream: Iterator[T]) -> AsyncIterator[T]:
-        """Run each step of a generator when its turn comes; leaving early closes it."""
-        caller = _Caller()
-        step: asyncio.Future[T | None] | None = None
+    def post(self, job: Callable[[], None]) -> None:
+        """Put a job that tells its results itself (`Inbox`) at the queue's end."""
+        self._thread.submit(job)
+
+
+class Inbox(Generic[T]):
+    """What the worker's thread tells one task, of whichever event loop.
+
+    Made by the task; `gone` is set once it no longer listens, `asked` is when it began.
+    """
+
+    def __init__(self) -> None:
+        self.gone, self.asked = Event(), time.monotonic()
+        self._loop = asyncio.get_running_loop()
+        self._found: asyncio.Queue[T | BaseException | None] = asyncio.Queue()
+
+    def tell(self, found: T | BaseException | None) -> None:
+        """Something that was found, what went wrong, or None for the end; from any thread."""
         try:
-            while True:
-                step = self._submit(caller, partial(next, stream, None))
-                found = await asyncio.shield(step)
-                if found is None:
-                    return
+            self._loop.call_soon_threadsafe(self._found.put_nowait, found)
+        except RuntimeError:  # the event loop has been closed
+            self.gone.set()
+
+    async def listen(self) -> AsyncIterator[T]:
+        """What is told, until the end."""
+        try:
+            while (found := await self._found.get()) is not None:
+                if isinstance(found, BaseException):
+                    raise found
                 yield found
         finally:
-            caller.gone.set()
-            if step is not None:  # a generator that runs cannot be closed: wait for its step's end
-                step.add_done_callback(lambda _: stream.close())  # type: ignore[attr-defined]
-
-    def _submit(self, caller: _Caller, call: Callable[[], T | None]) -> asyncio.Future[T | None]:
-        job = partial(copy_context().run, partial(_run_for, caller, call))
-        return asyncio.get_running_loop().run_in_executor(self._thread, job)
-
-
-@dataclass(frozen=True, slots=True)
-class _Caller:
-    """Who waits for a result, since when."""
-
-    gone: Event = field(default_factory=Event)
-    asked: float = field(default_factory=time.monotonic)
-
-
-def _run_for(caller: _Caller, call: Callable[[], T | None]) -> T | None:
-    """The call's result, or None where the caller was gone before or while it ran."""
-    try:
-        with waiting(caller.gone, caller.asked):
-            check_deadline()
-            return call()
-    except RequestCancelledError:
-        return None
+            self.gone.set()

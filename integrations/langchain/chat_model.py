@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
@@ -20,7 +19,8 @@ from ...core.prompt.messages import Prompt
 from ...core.types import Answer, Chunk
 from ...retrievers.langchain import as_passages
 from .._shared.tools import choice_of
-from .batch import Configs, arun_together, asked_by, run_together
+from .batch import Configs, all_at_once, together
+from .batch import answer as ask
 from .messages import as_mappings, usage_metadata
 from .options import STRICT, EngineOptions
 from .structured import structured
@@ -151,20 +151,11 @@ class ChatDraftSieve(EngineOptions, BaseChatModel):
         **kwargs: Any,
     ) -> list[Any]:
         """Answer inputs as one batch of the target, of at most `max_concurrency` (32) rows."""
-        invoke = partial(self.invoke, **kwargs)
-        return run_together(self.loaded, invoke, inputs, config, return_exceptions)
-
-    async def abatch(
-        self,
-        inputs: list[LanguageModelInput],
-        config: Configs = None,
-        *,
-        return_exceptions: bool = False,
-        **kwargs: Any,
-    ) -> list[Any]:
-        """Do what `batch` does without blocking the event loop."""
-        invoke = partial(self.ainvoke, **kwargs)
-        return await arun_together(self.loaded, invoke, inputs, config, return_exceptions)
+        if not inputs:
+            return []
+        configs = all_at_once(config, len(inputs))
+        with together(len(inputs)):
+            return super().batch(inputs, configs, return_exceptions=return_exceptions, **kwargs)
 
     def _generate(
         self,
@@ -174,7 +165,7 @@ class ChatDraftSieve(EngineOptions, BaseChatModel):
         **kwargs: Any,
     ) -> ChatResult:
         options = self.options_of(stop, kwargs)
-        answer = asked_by(self.loaded).generate(_prompt(messages, kwargs), **dict(options))
+        answer = ask(self.loaded, _prompt(messages, kwargs), dict(options))
         return self._result(answer, options.method)
 
     async def _agenerate(
@@ -185,8 +176,7 @@ class ChatDraftSieve(EngineOptions, BaseChatModel):
         **kwargs: Any,
     ) -> ChatResult:
         options = self.options_of(stop, kwargs)
-        asked = asked_by(self.loaded)
-        answer = await asked.agenerate(_prompt(messages, kwargs), **dict(options))
+        answer = await self.loaded.agenerate(_prompt(messages, kwargs), **dict(options))
         return self._result(answer, options.method)
 
     def _stream(
