@@ -74,10 +74,19 @@ class Batch:
         self._verified: Iterator[int] | None = None  # the tokens to come, where drafts are verified
 
     def step(self) -> list[tuple[Row, str]]:
-        """Every row's next token, as the text that is now certain; finished rows then leave."""
+        """Every row's next token, as the text that is now certain; finished rows then leave.
+
+        A pass that fails or is broken off ends the batch and frees its cache.
+        """
+        try:
+            tokens = self._tokens()
+        except BaseException:
+            self._verified = None
+            self._state.drop()
+            raise
         said = [
             (row, "" if row.error is not None else row.text.push(token))
-            for row, token in zip(self.rows, self._tokens(), strict=True)
+            for row, token in zip(self.rows, tokens, strict=True)
         ]
         self.leave([row for row in self.rows if row.finished])
         return said

@@ -144,12 +144,16 @@ class Pipeline:
         with until(earliest(requests)), explain_out_of_memory(_describe(requests), **self._models):
             speculation = self._speculate(requests)
             with _clocked(requests, "prefill"):
-                begun = self.begin(requests) if start is None else start
-                if begun is None:
-                    begun = from_scratch(self.pair.target, [request.ids for request in requests])
-                rows = [request.row for request in requests]
-                batch = Batch(self.pair.target, begun, rows, speculation)
+                batch = self._batch(requests, start or self.begin(requests), speculation)
                 return batch, batch.step()
+
+    def _batch(
+        self, requests: Sequence[Request], start: Start | None, speculation: Speculation | None
+    ) -> Batch:
+        """The requests' rows; who holds `start` meanwhile would keep its cache."""
+        ids, rows = [request.ids for request in requests], [request.row for request in requests]
+        target = self.pair.target
+        return Batch(target, start or from_scratch(target, ids), rows, speculation)
 
     def step(
         self, batch: Batch, requests: Sequence[Request], deadline: float | None

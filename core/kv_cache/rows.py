@@ -7,7 +7,7 @@ from typing import cast
 
 import torch
 from torch.nn import functional
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from ..runtime.limits import check_deadline
 from .batch import columns_of, join_caches, trim
@@ -61,6 +61,10 @@ class Rows:
         spare = int(self.mask.any(0).long().argmax())  # columns that are padding in every row
         if spare and trim(self.cache, spare):
             self.mask = self.mask[:, spare:]
+
+    def drop(self) -> None:
+        """Free the cache; nothing can be read any more."""
+        self.cache = Cache(layers=[])
 
     def join(self, other: Rows) -> None:
         """Take in other rows behind these; they are empty afterwards.

@@ -19,12 +19,11 @@ from statistics import median
 from typing import Any
 
 import torch
-from compression_cost import SQUAD, take
+from compression_cost import python_reference, take
 from serving import random_pair
 
 from draftsieve import Engine, Generation, SpecKV, SpecPC
 from draftsieve.core.config import Method
-from draftsieve.core.evaluation.squad import read_article
 
 METHODS: dict[str, Method | None] = {
     "none": None,
@@ -98,14 +97,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     for model in (engine.target, engine.draft):  # all requests decode as many tokens
         assert model is not None  # a draft was loaded
         model.generation_config.eos_token_id = None
-    article = read_article(SQUAD)
+    text = python_reference()
     texts = [
-        [*article.paragraphs[place:], *article.paragraphs[:place]]
-        for place in range(options.requests)
+        [*text.paragraphs[place:], *text.paragraphs[:place]] for place in range(options.requests)
     ]
     work = Work(
         engine,
-        [question.text for question in article.questions[: options.requests]],
+        text.questions[: options.requests],
         [take(each, options.tokens, engine.count_tokens) for each in texts],
         METHODS[options.method],
         Generation(max_new_tokens=options.new_tokens),
