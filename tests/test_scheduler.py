@@ -136,6 +136,20 @@ async def test_evictions_beside_sliding_windows_run_apart() -> None:
     assert max(rows for rows, _ in seen) == 2
 
 
+async def test_answers_of_one_token_leave_before_they_join() -> None:
+    engine = tiny_engine()
+    alone = [engine.answer(QUESTIONS[n], TEXTS, generation=short(n or 200)).text for n in range(4)]
+    running = engine.astream(QUESTIONS[0], TEXTS, generation=short(200))
+    first = await anext(running)
+    found = []
+    for tokens in (1, 2, 3):
+        answer = await engine.aanswer(QUESTIONS[tokens], TEXTS, generation=short(tokens))
+        found.append(answer.text)
+    text, last = await text_of(running)
+    assert last.usage.completion_tokens == 200
+    assert [first.text + text, *found] == alone
+
+
 async def test_a_request_that_is_cancelled_disturbs_no_other() -> None:
     engine = tiny_engine()
     alone = engine.answer(QUESTIONS[1], TEXTS, generation=short(60)).text

@@ -70,9 +70,9 @@ class Scheduler:
 
     A turn brings the first waiting request one stage further (short ones side by side) and lets
     all running ones say tokens for a share of that time, so that no stream stalls for longer than
-    one stage. Rows whose
-    caches do not go together (uneven budgets, evictions beside sliding windows, drafting) are
-    stepped apart. Each request gets what it gets alone, and its failure is its own.
+    one stage. Rows whose caches do not go together (uneven budgets, evictions beside sliding
+    windows, drafting) are stepped apart. Each request gets what it gets alone, and its failure is
+    its own.
 
     Args:
         pipeline: The stages of a request.
@@ -147,10 +147,9 @@ class Scheduler:
             began = time.monotonic()
             self._admit()
             now = time.monotonic()
+            end = now + SHARE * (now - began)
             self._decode()
-            while (
-                self._waiting and self._batches and time.monotonic() < now + SHARE * (now - began)
-            ):
+            while self._waiting and self._batches and time.monotonic() < end:
                 self._decode()
             if self._waiting or self._batches:
                 self.worker.post(self._turn)
@@ -174,12 +173,13 @@ class Scheduler:
         if batch is None:
             return
         self._waiting = [asked for asked in self._waiting if asked not in group]
-        for other in self._batches:
-            if other.can_join(batch):
-                other.join(batch)
-                return
-        if batch.rows:
+        beside = next((other for other in self._batches if other.can_join(batch)), None)
+        if not batch.rows:  # their first tokens were their last ones
+            return
+        if beside is None:
             self._batches.append(batch)
+        else:
+            beside.join(batch)
 
     def _first(self, room: int) -> list[_Asked]:
         """The first waiting request, and more where side by side they are read in no more time."""
