@@ -502,7 +502,12 @@ def test_an_interrupt_ends_quietly(tmp_path: Path) -> None:
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     command = [sys.executable, "-m", "draftsieve", "compress", "q", "--file", str(pipe)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        # where the tests run in the background, interrupts are ignored, by children too
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     with process, pipe.open("wb"):  # waits until the command reads
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=60)
