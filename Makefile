@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo test models lint bench table docs clean
+.PHONY: demo test models lint bench table data-named docs clean
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -37,17 +37,22 @@ lint: $(STAMP) .typing/draftsieve
 # Both parts: what compression costs in seconds (a minute), and what it costs in accuracy.
 bench: $(STAMP)
 	$(BIN)/python examples/benchmarks/compression_cost.py
-	$(MAKE) table
+	$(MAKE) table DATA=$(or $(DATA),none)
 
-# A table like that of docs/results.md, about 80 minutes on two cores; DATA names a file with natural
-# text in SQuAD's format (docs/evaluation.md says where such are published), without it there are
-# generated tasks alone. Two processes of one thread are
-# faster than one of two; each goes on where it was stopped, and the last command only writes the report.
-EVAL := $(BIN)/draftsieve eval --methods table tova key_norm prompt --budget 0.25 0.125 0.0625 --items 200 \
-	$(if $(DATA),--data $(DATA) --data-items 60) --max-new-tokens 32
+# A table like that of docs/results.md, about 80 minutes on two cores. DATA names a file with natural text in
+# SQuAD's format (docs/evaluation.md says where such are published); DATA=none leaves natural text out. Two
+# processes of one thread are faster than one of two; each goes on where it was stopped, and the last command only
+# writes the report.
+EVAL := $(BIN)/draftsieve eval --target builtin:target --draft builtin:draft --methods table tova key_norm prompt \
+	--budget 0.25 0.125 0.0625 --items 200 $(if $(filter-out none,$(DATA)),--data $(DATA) --data-items 60) \
+	--max-new-tokens 32
 TABLE := .bench/table
 
-table: $(STAMP)
+data-named:
+	@test "$(DATA)" = none || test -f "$(DATA)" || { echo "make table: say DATA=FILE, natural text in SQuAD's format" \
+		"(docs/evaluation.md says where such files are published), or DATA=none for generated tasks alone." >&2; exit 2; }
+
+table: data-named $(STAMP)
 	mkdir -p $(TABLE)
 	OMP_NUM_THREADS=1 $(EVAL) --length 4000 --out $(TABLE)-4000 & \
 	OMP_NUM_THREADS=1 $(EVAL) --length 1000 2000 --out $(TABLE); wait

@@ -106,7 +106,8 @@ class PromptEngine:
 
         Args:
             target: The model that answers.
-            draft: The model that reads first; None for an engine without compression.
+            draft: The model that reads first; None for an engine without compression. The target's
+                own name, loaded alike, is the target itself: no second copy.
             gguf_file: Name of the target's GGUF file in its folder or hub repository.
             draft_gguf_file: The same for the draft.
             revision: Branch, tag or commit of the target's hub repository.
@@ -126,31 +127,29 @@ class PromptEngine:
         Raises:
             ModelNotFoundError: A model does not exist or cannot be reached.
         """
-        options: dict[str, Any] = {
+        one: dict[str, Any] = {
             "dtype": dtype,
             "trust_remote_code": trust_remote_code,
             "progress": progress,
+            "gguf_file": gguf_file,
+            "revision": revision,
+            "quantization": quantization,
+            "device": device,
+            "attn_implementation": attn_implementation,
         }
-        big = load_model(
-            target,
-            gguf_file=gguf_file,
-            revision=revision,
-            quantization=quantization,
-            device=device,
-            attn_implementation=attn_implementation,
-            **options,
-        )
+        other: dict[str, Any] = {
+            **one,
+            "gguf_file": draft_gguf_file,
+            "revision": draft_revision,
+            "quantization": draft_quantization,
+            "device": draft_device or device,
+            "attn_implementation": draft_attn_implementation,
+        }
+        big = load_model(target, **one)
         small = None
         if draft is not None:
-            small = load_model(
-                draft,
-                gguf_file=draft_gguf_file,
-                revision=draft_revision,
-                quantization=draft_quantization,
-                device=draft_device or device,
-                attn_implementation=draft_attn_implementation,
-                **options,
-            )
+            same = (draft, other) == (target, one)
+            small = big if same else load_model(draft, **other)
         return cls(
             big.model,
             big.tokenizer,

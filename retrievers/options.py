@@ -35,10 +35,13 @@ class DraftOptions(BaseModel):
         on_error: "original" goes on with the whole texts when the draft fails, and logs a
             warning; "raise" raises.
         system: The system text that the draft reads in front of the passages; None for none.
+        gguf_file: Name of the GGUF file in the model's folder or hub repository.
+        revision: Branch, tag or commit of the hub repository.
         quantization: How its weights are quantised: a `Quantization` (4 or 8 bits) or one of
             transformers' configs.
         device: "auto", "cpu", "cuda", ...
         dtype: "auto", "float32", "bfloat16", ...
+        attn_implementation: "eager", "sdpa", ...; None for the model's default.
         template_options: Passed to the draft's chat template.
         trust_remote_code: Run code that a hub repository carries.
         progress: Show progress bars.
@@ -55,9 +58,12 @@ class DraftOptions(BaseModel):
     timeout: PositiveFloat | None = None
     on_error: OnError = "original"
     system: str | None = DEFAULT_SYSTEM
+    gguf_file: str | None = None
+    revision: str | None = None
     quantization: AnyQuantization | None = None
     device: str = "auto"
     dtype: str = "auto"
+    attn_implementation: str | None = None
     template_options: Mapping[str, Any] | None = None
     trust_remote_code: bool = False
     progress: bool = False
@@ -70,9 +76,12 @@ class DraftOptions(BaseModel):
             return
         draft = shared_model(
             self.model,
+            gguf_file=self.gguf_file,
+            revision=self.revision,
             quantization=self.quantization,
             device=self.device,
             dtype=self.dtype,
+            attn_implementation=self.attn_implementation,
             trust_remote_code=self.trust_remote_code,
             progress=self.progress,
         )
@@ -115,9 +124,12 @@ class DraftArguments(TypedDict, total=False):
     timeout: float | None
     on_error: OnError
     system: str | None
+    gguf_file: str | None
+    revision: str | None
     quantization: AnyQuantization | None
     device: str
     dtype: str
+    attn_implementation: str | None
     template_options: Mapping[str, Any] | None
     trust_remote_code: bool
     progress: bool

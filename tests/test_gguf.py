@@ -15,6 +15,8 @@ from draftsieve.core.errors import MissingExtraError, ModelError, ModelNotFoundE
 from draftsieve.core.models.loading import end_token_ids, load_model, load_tokenizer
 from draftsieve.core.models.names import resolve
 from draftsieve.core.prompt.encoder import PromptEncoder
+from draftsieve.integrations._shared.options import EngineOptions
+from draftsieve.retrievers.options import DraftOptions
 
 from . import tiny_gguf
 
@@ -45,6 +47,25 @@ def test_a_file_gives_the_model_that_was_written(file: Path) -> None:
     assert end_token_ids(loaded.model).tolist() == [2, 0]
     for named in (load_model(str(file.parent)), load_model(file.parent, gguf_file=file.name)):
         assert torch.equal(_logits(named.model), _logits(loaded.model))
+
+
+def test_adapters_take_one_file_of_a_folder(tmp_path: Path) -> None:
+    """The folder has two, as many repositories do; without a name the error lists them."""
+    for kind in ("F32", "Q8_0"):
+        tiny_gguf.write(tmp_path / f"{kind}.gguf", kind)
+    packed = _logits(load_model(tmp_path / "Q8_0.gguf", device="cpu", progress=False).model)
+    name, quiet = str(tmp_path), {"device": "cpu"}
+    engine = EngineOptions(
+        model=name, draft=name, gguf_file="F32.gguf", draft_gguf_file="Q8_0.gguf", **quiet
+    ).loaded
+    assert engine.draft is not None
+    assert torch.equal(_logits(engine.target), _logits(tiny_gguf.model()))
+    assert torch.equal(_logits(engine.draft), packed)
+    sieve = DraftOptions(model=name, gguf_file="Q8_0.gguf", **quiet).loaded
+    assert torch.equal(_logits(sieve.model), packed)
+    for options in (EngineOptions, DraftOptions):
+        with pytest.raises(ModelError, match=r"F32\.gguf"):
+            options(model=name, **quiet)
 
 
 @pytest.mark.parametrize(("kind", "most"), [("F16", 1e-3), ("Q8_0", 0.02), ("Q4_1", 0.2)])

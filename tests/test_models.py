@@ -234,8 +234,37 @@ def test_the_attention_implementation_can_be_chosen(implementation: str) -> None
         "builtin:draft", device="cpu", attn_implementation=implementation, progress=False
     )
     assert compressor.model.config._attn_implementation == implementation
+    adapted = EngineOptions(
+        draft="builtin:draft",
+        device="cpu",
+        attn_implementation=implementation,
+        draft_attn_implementation=other,
+    ).loaded
+    assert adapted.draft is not None
+    assert adapted.target.config._attn_implementation == implementation
+    assert adapted.draft.config._attn_implementation == other
+    sieve = DraftOptions(device="cpu", attn_implementation=implementation).loaded
+    assert sieve.model.config._attn_implementation == implementation
     with pytest.raises(ModelError, match="Cannot load the model"):
         load_model("builtin:draft", attn_implementation="no_such", device="cpu", progress=False)
+
+
+def test_a_model_that_reads_and_answers_is_loaded_once() -> None:
+    """A draft of the target's name is the target, unless it is loaded otherwise."""
+    name, quiet = "builtin:draft", {"device": "cpu", "progress": False}
+    engine = Engine.load(name, name, **quiet)
+    assert engine.draft is engine.target
+    answer = engine.answer(QUESTION, TEXTS, method=SpecPC(ratio=0.5), generation=SHORT)
+    apart = Engine.load(name, name, draft_attn_implementation="eager", **quiet)
+    assert apart.draft is not apart.target
+    assert apart.answer(QUESTION, TEXTS, method=SpecPC(ratio=0.5), generation=SHORT).text == (
+        answer.text
+    )
+    adapted = EngineOptions(model=name, draft=name, **quiet).loaded
+    assert adapted.draft is adapted.target
+    assert EngineOptions(model=name, draft=name, dtype="bfloat16", **quiet).loaded.draft is not (
+        adapted.draft
+    )
 
 
 def test_a_revision_of_a_hub_repository_is_taken(
@@ -269,6 +298,16 @@ assert fingerprint(engine.draft) == new
 engine = Engine.load(name, name, revision="v2", **quiet)
 assert fingerprint(engine.target) == new
 assert fingerprint(engine.draft) == old
+from draftsieve.integrations._shared.options import EngineOptions
+from draftsieve.integrations.langchain import DraftCompressionMiddleware
+from draftsieve.retrievers.options import DraftOptions
+engine = EngineOptions(model=name, draft=name, draft_revision="v2", **quiet).loaded
+assert fingerprint(engine.target) == old
+assert fingerprint(engine.draft) == new
+assert fingerprint(EngineOptions(model=name, revision="v2", **quiet).loaded.target) == new
+assert fingerprint(DraftOptions(model=name, revision="v2", **quiet).loaded.model) == new
+sieve = DraftCompressionMiddleware(name, revision="v2", **quiet)
+assert fingerprint(sieve.compressor.model) == new
 """
     settings = {**os.environ, "HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
     run = subprocess.run(

@@ -94,6 +94,7 @@ def test_a_wheel_carries_code_types_and_the_bundled_pair(tmp_path: Path) -> None
         shutil.copytree(ROOT / part, copy / part, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, copy)
+    shutil.copytree(ROOT / "examples/data", copy / "examples/data")
     options = ["--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", tmp_path]
     subprocess.run(
         [sys.executable, "-m", "pip", "wheel", *options, copy],
@@ -102,6 +103,7 @@ def test_a_wheel_carries_code_types_and_the_bundled_pair(tmp_path: Path) -> None
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
+        archive.extractall(tmp_path / "installed")
     for part in parts:
         for path in (ROOT / part).rglob("*.py"):
             place = path.relative_to(ROOT).as_posix()
@@ -110,6 +112,7 @@ def test_a_wheel_carries_code_types_and_the_bundled_pair(tmp_path: Path) -> None
         "draftsieve/py.typed",
         "draftsieve/core/engine.py",
         "draftsieve/core/evaluation/survival.py",
+        "draftsieve/core/evaluation/data/python_reference.jsonl",
         "draftsieve/integrations/langchain/__init__.py",
         "draftsieve/integrations/cli/entry.py",
         "draftsieve/integrations/html_view.jinja",
@@ -122,3 +125,16 @@ def test_a_wheel_carries_code_types_and_the_bundled_pair(tmp_path: Path) -> None
         assert name in names, name
     assert wheel.stat().st_size < 40_000_000
     assert not [name for name in names if name.startswith(("tests/", "examples/"))]
+    assert not [name for name in names if "handbook" in name]
+    code = (
+        "from draftsieve.core.evaluation.realtext import suites;"
+        "print(suites.__file__); print(len(suites.python_suite().collections[0].questions))"
+    )
+    settings = {"PYTHONPATH": str(tmp_path / "installed"), "PATH": ""}
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code],
+        env=settings, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=True,
+    )  # fmt: skip
+    place, asked = done.stdout.split()
+    assert place.startswith(str(tmp_path / "installed"))
+    assert int(asked) > 100

@@ -12,7 +12,7 @@ from ...core.engine import Engine
 from ...core.errors import ModelError
 from ...core.grammar import Grammar
 from ...core.models.loading import AnyQuantization, load_model
-from ...core.models.shared import shared_model
+from ...core.models.shared import LoadOptions, shared_model
 from ...core.options import Options, told_as_config_errors
 from ...core.speckv.scorers import needs_draft
 
@@ -62,12 +62,18 @@ class EngineOptions(BaseModel):
         repetition_penalty: Above 1 against repetitions, which small models fall into.
         seed: Seed of the sampling; None draws a fresh one.
         stop: Strings that end an answer; a call's own `stop` replaces them.
+        gguf_file: Name of the target's GGUF file in its folder or hub repository.
+        draft_gguf_file: The same for the draft.
+        revision: Branch, tag or commit of the target's hub repository.
+        draft_revision: Of the draft's.
         quantization: How the target's weights are quantised: a `Quantization` (4 or 8 bits) or
             one of transformers' configs.
         draft_quantization: The same for the draft's.
         device: "auto", "cpu", "cuda", ...
         draft_device: The same for the draft; None for the target's.
         dtype: "auto", "float32", "bfloat16", ...
+        attn_implementation: Of the target: "eager", "sdpa", ...; None for the model's default.
+        draft_attn_implementation: Of the draft.
         template_options: Passed to the chat template.
         trust_remote_code: Run code that a hub repository carries.
         progress: Show progress bars.
@@ -96,11 +102,17 @@ class EngineOptions(BaseModel):
     repetition_penalty: float = 1.0
     seed: int | None = None
     stop: list[str] | None = None
+    gguf_file: str | None = None
+    draft_gguf_file: str | None = None
+    revision: str | None = None
+    draft_revision: str | None = None
     quantization: AnyQuantization | None = None
     draft_quantization: AnyQuantization | None = None
     device: str = "auto"
     draft_device: str | None = None
     dtype: str = "auto"
+    attn_implementation: str | None = None
+    draft_attn_implementation: str | None = None
     template_options: Mapping[str, Any] | None = None
     trust_remote_code: bool = False
     progress: bool = False
@@ -126,22 +138,27 @@ class EngineOptions(BaseModel):
 
     def _load(self) -> Engine:
         """The target, and a draft that adapters share; only the target may be large."""
-        big = load_model(
-            self.model,
-            quantization=self.quantization,
-            device=self.device,
-            dtype=self.dtype,
-            trust_remote_code=self.trust_remote_code,
-            progress=self.progress,
-        )
-        small = self.draft and shared_model(
-            self.draft,
-            quantization=self.draft_quantization,
-            device=self.draft_device or self.device,
-            dtype=self.dtype,
-            trust_remote_code=self.trust_remote_code,
-            progress=self.progress,
-        )
+        one: LoadOptions = {
+            "dtype": self.dtype,
+            "trust_remote_code": self.trust_remote_code,
+            "progress": self.progress,
+            "gguf_file": self.gguf_file,
+            "revision": self.revision,
+            "quantization": self.quantization,
+            "device": self.device,
+            "attn_implementation": self.attn_implementation,
+        }
+        other: LoadOptions = {
+            **one,
+            "gguf_file": self.draft_gguf_file,
+            "revision": self.draft_revision,
+            "quantization": self.draft_quantization,
+            "device": self.draft_device or self.device,
+            "attn_implementation": self.draft_attn_implementation,
+        }
+        big = load_model(self.model, **one)
+        same = (self.draft, other) == (self.model, one)
+        small = big if same else self.draft and shared_model(self.draft, **other)
         return Engine(
             big.model,
             big.tokenizer,

@@ -73,9 +73,12 @@ class DraftCompressionMiddleware(AgentMiddleware[AgentState[Any], Any, Any]):
         max_input_tokens: Most tokens that the model reads, as the draft counts them; None for
             what its profile says.
         system: The system text that the draft reads; None for none.
+        gguf_file: Name of the GGUF file in the model's folder or hub repository.
+        revision: Branch, tag or commit of the hub repository.
         quantization: A `Quantization` (4 or 8 bits), or one of transformers' configs.
         device: "auto", "cpu", "cuda", ...
         dtype: "auto", "float32", "bfloat16", ...
+        attn_implementation: "eager", "sdpa", ...; None for the model's default.
         template_options: Passed to the draft's chat template.
         trust_remote_code: Run code that a hub repository carries.
         progress: Show progress bars.
@@ -102,9 +105,12 @@ class DraftCompressionMiddleware(AgentMiddleware[AgentState[Any], Any, Any]):
         recall: bool = False,
         max_input_tokens: int | None = None,
         system: str | None = DEFAULT_SYSTEM,
+        gguf_file: str | None = None,
+        revision: str | None = None,
         quantization: AnyQuantization | None = None,
         device: str = "auto",
         dtype: str = "auto",
+        attn_implementation: str | None = None,
         template_options: Mapping[str, Any] | None = None,
         trust_remote_code: bool = False,
         progress: bool = False,
@@ -116,9 +122,12 @@ class DraftCompressionMiddleware(AgentMiddleware[AgentState[Any], Any, Any]):
             timeout=timeout,
             on_error=on_error,
             system=system,
+            gguf_file=gguf_file,
+            revision=revision,
             quantization=quantization,
             device=device,
             dtype=dtype,
+            attn_implementation=attn_implementation,
             template_options=template_options,
             trust_remote_code=trust_remote_code,
             progress=progress,

@@ -18,7 +18,8 @@ from .sets import SETS, read_set
 
 ARTICLE = "article"  # the context that is the article itself
 PYTHON, REAL = "python", "real"  # names of suites beside those of `SETS`
-_QUESTIONS = Path(__file__).resolve().parents[3] / "examples" / "data" / "python_reference.jsonl"
+_HERE, _FILE = Path(__file__).resolve(), "python_reference.jsonl"
+_PLACES = _HERE.parents[1] / "data" / _FILE, _HERE.parents[3] / "examples" / "data" / _FILE
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,13 +101,14 @@ def python_suite(path: str | Path | None = None, **options: Any) -> Suite:
     """Questions about the running Python's own language reference.
 
     Args:
-        path: `python_reference.jsonl`; None for the one of this checkout.
+        path: `python_reference.jsonl`; None for the one that the package carries, which in a
+            checkout is in examples/data.
         options: The rest of `Suite`.
 
     Raises:
         ConfigError: There is no such file.
     """
-    file = Path(path or _QUESTIONS)
+    file = Path(path or next((place for place in _PLACES if place.is_file()), _PLACES[0]))
     if not file.is_file():
         raise ConfigError(
             f"The questions about Python's reference are read from {str(file)!r}, which is not "
