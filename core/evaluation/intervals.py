@@ -81,3 +81,38 @@ def paired_difference(
         )
     differences = [float(a) - float(b) for a, b in zip(first, second, strict=True)]
     return bootstrap_mean(differences, confidence=confidence, samples=samples, seed=seed)
+
+
+def ratio_of_means(
+    first: Sequence[float],
+    second: Sequence[float],
+    *,
+    confidence: float = 0.95,
+    samples: int = 2000,
+    seed: int = 0,
+) -> tuple[float, float, float]:
+    """Mean of `first` over mean of `second`, and its bootstrap interval over items.
+
+    Args:
+        first: Values of one method, item by item.
+        second: Values of the other method on the same items, at least one above 0 and none below.
+        confidence: Coverage of the percentile interval, in (0, 1).
+        samples: Number of bootstrap samples; those without a value above 0 are left out.
+        seed: Seed of the resampling.
+
+    Returns:
+        The ratio, the lower and the upper end.
+    """
+    if len(first) != len(second) or not any(second):
+        raise ValueError(
+            "a ratio needs the same number of items, and a mean above 0 below the line: got "
+            f"{len(first)} and {len(second)}."
+        )
+    both = torch.tensor([first, second], dtype=torch.float64)  # (2, items)
+    generator = torch.Generator().manual_seed(seed)
+    picks = torch.randint(len(first), (samples, len(first)), generator=generator)
+    above, below = both[:, picks].sum(dim=2)  # (samples,) each
+    drawn = (above / below)[below > 0]
+    tail = (1 - confidence) / 2
+    low, high = torch.quantile(drawn, torch.tensor([tail, 1 - tail], dtype=torch.float64))
+    return float(both[0].sum() / both[1].sum()), float(low), float(high)

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 from ..config import Scorer as CacheScorer
 from ..config import SpecKV, SpecKVPC, SpecPC
@@ -38,8 +38,12 @@ from .squad import Scorer
 from .survival import kept_spans
 
 SEED = 2026  # of random baselines
-EMBEDDING, OPTIONS = "embedding:", "specpc:"  # name a model, or options of SpecPC
+EMBEDDING = "embedding:"  # names a model
+OPTIONS, CACHE_OPTIONS = "specpc:", "speckv:"  # name options of SpecPC, of SpecKV
 _NEEDS_ALL_QUERIES = {"h2o"}  # cannot go on from a shared prefill
+
+
+_Options = TypeVar("_Options", SpecPC, SpecKV)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +53,8 @@ class Run:
     `prompt_tokens` is what the target read, `cache_tokens` what its cache holds per KV head when
     decoding starts; `kept` is None where the passages' text stayed whole. Seconds count what the
     method needs alone: shared readings are added to each method that uses them. `reading` is the
-    target's of the reference answer, where it was read.
+    target's of the reference answer, where it was read; `own_divergence` how far it strays from
+    its own answer to the whole prompt, known for methods on the cache.
     """
 
     text: str
@@ -59,6 +64,7 @@ class Run:
     draft_seconds: float
     target_seconds: float
     reading: AnswerReading | None = None
+    own_divergence: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,15 +81,17 @@ class EvalMethod:
     check: Callable[[Bench], object] | None = None
 
 
-def _on_cache(name: CacheScorer | None, case: Case, share: float) -> Run:
-    """The whole prompt, and of its cache what a scorer of `kv_scorers` keeps."""
-    method = None if name is None else SpecKV(ratio=share, scorer=name, seed=SEED)
+def _on_cache(options: SpecKV | None, case: Case, share: float) -> Run:
+    """The whole prompt, and of its cache what SpecKV with these options keeps."""
+    method = None
+    if options is not None:
+        method = options.model_copy(update={"capacity": None, "ratio": share})
     case.once.saved = 0.0
-    shared = name not in _NEEDS_ALL_QUERIES
-    answer, reading = case.answer_and_read(case.prompt, method, shared=shared)
+    shared = options is None or options.scorer not in _NEEDS_ALL_QUERIES
+    answer, reading, strays = case.answer_and_read(case.prompt, method, shared=shared)
     guess = answer.timings.get("draft", 0.0)
     target = _target_seconds(answer) + (case.prefill_seconds if shared else 0.0)
-    by_draft = name is not None and SCORERS[name].lookahead == "draft"
+    by_draft = options is not None and SCORERS[options.scorer].lookahead == "draft"
     tokens = answer.usage.prompt_tokens
     return Run(
         answer.text,
@@ -93,6 +101,7 @@ def _on_cache(name: CacheScorer | None, case: Case, share: float) -> Run:
         guess + case.once.saved if by_draft else 0.0,
         target if by_draft else target + guess,
         reading,
+        strays,
     )
 
 
@@ -101,7 +110,7 @@ def _both(case: Case, share: float) -> Run:
     first = SpecPC(ratio=min(1.0, 2 * share), lookahead_tokens=8)
     method = SpecKVPC(specpc=first, speckv=SpecKV(ratio=share / min(1.0, 2 * share)))
     case.once.saved = 0.0
-    answer, reading = case.answer_and_read(case.prompt, method, shared=False)
+    answer, reading, strays = case.answer_and_read(case.prompt, method, shared=False)
     assert answer.context is not None  # a prompt stage describes what it kept
     timings = answer.timings
     tokens = answer.usage.prompt_tokens
@@ -113,6 +122,7 @@ def _both(case: Case, share: float) -> Run:
         timings.get("draft", 0.0) + timings.get("select", 0.0) + case.once.saved,
         _target_seconds(answer),
         reading,
+        strays,
     )
 
 
@@ -126,7 +136,7 @@ def _on_prompt(shorten: Shorten, case: Case, share: float) -> Run:
     began = time.perf_counter()
     kept, texts = shorten(case, share)
     draft_seconds = time.perf_counter() - began + case.once.saved
-    answer, reading = case.answer_and_read(case.prompt.with_texts(texts), None, shared=False)
+    answer, reading, _ = case.answer_and_read(case.prompt.with_texts(texts), None, shared=False)
     tokens = answer.usage.prompt_tokens
     return Run(answer.text, tokens, tokens, kept, draft_seconds, _target_seconds(answer), reading)
 
@@ -237,13 +247,16 @@ def _by_specpc(name: str, options: SpecPC) -> EvalMethod:
     return _prompt(name, partial(_specpc, options), check)
 
 
+def _by_speckv(name: str, options: SpecKV) -> EvalMethod:
+    """SpecKV with options of its own."""
+    return EvalMethod(name, "cache", partial(_on_cache, options))
+
+
 def _listed() -> tuple[EvalMethod, ...]:
     def sklearn(_: Bench) -> None:
         scorers.require_eval("sklearn", "TF-IDF")
 
-    on_cache = [
-        EvalMethod(name, "cache", partial(_on_cache, name)) for name in get_args(CacheScorer)
-    ]
+    on_cache = [_by_speckv(name, SpecKV(scorer=name, seed=SEED)) for name in get_args(CacheScorer)]
     return (
         EvalMethod("none", "none", partial(_on_cache, None)),
         *on_cache,
@@ -292,6 +305,7 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
     "cache": tuple(name for name, method in METHODS.items() if method.kind == "cache"),
     "all": tuple(METHODS),
     "improvements": ("specpc", "specpc-keep", *(OPTIONS + change for change in _CHANGES)),
+    "kv": ("none", *(name for name in get_args(CacheScorer) if name not in ("h2o", "key_norm"))),
     "table": ("none", "speckv", "speckv-pc", "snapkv", "laq", "streaming", "random", "oracle"),
 }
 
@@ -301,10 +315,11 @@ def find_methods(names: Sequence[str]) -> list[EvalMethod]:
 
     Args:
         names: Of `METHODS` and `GROUPS`, "embedding:MODEL" for sentences by an encoder model, or
-            "specpc:unit=sentence,reduction=mean" for SpecPC with these options.
+            "specpc:unit=sentence,reduction=mean" for SpecPC with these options, and likewise
+            "speckv:scorer=snapkv,reduction=mean" for SpecKV.
 
     Raises:
-        ConfigError: There is no such method, or an option of SpecPC is invalid.
+        ConfigError: There is no such method, or an option of SpecPC or SpecKV is invalid.
     """
     found: dict[str, EvalMethod] = {}
     for name in names:
@@ -322,26 +337,29 @@ def _find(name: str) -> EvalMethod:
 
         return _prompt(name, shorten, lambda _: load())
     if name.startswith(OPTIONS):
-        return _by_specpc(name, _options(name.removeprefix(OPTIONS)))
+        return _by_specpc(name, _options(SpecPC, OPTIONS, name))
+    if name.startswith(CACHE_OPTIONS):
+        return _by_speckv(name, _options(SpecKV, CACHE_OPTIONS, name))
     if name not in METHODS:
         raise ConfigError(
             f"There is no method {name!r}; there are {sorted(METHODS)}, the groups "
             f"{sorted(GROUPS)}, {EMBEDDING}MODEL for sentences by an encoder model, and "
-            f"{OPTIONS}NAME=VALUE,... for options of SpecPC."
+            f"{OPTIONS}NAME=VALUE,... or {CACHE_OPTIONS}NAME=VALUE,... for options of SpecPC or "
+            "SpecKV."
         )
     return METHODS[name]
 
 
-def _options(text: str) -> SpecPC:
-    """SpecPC from "unit=sentence,lookahead_tokens=8"; values are JSON, or else text."""
+def _options(kind: type[_Options], prefix: str, name: str) -> _Options:
+    """Options from "specpc:unit=sentence,lookahead_tokens=8"; values are JSON, or else text."""
     found: dict[str, Any] = {}
-    for part in text.split(","):
-        name, _, value = part.partition("=")
+    for part in name.removeprefix(prefix).split(","):
+        key, _, value = part.partition("=")
         try:
-            found[name.strip()] = json.loads(value)
+            found[key.strip()] = json.loads(value)
         except ValueError:
-            found[name.strip()] = value
+            found[key.strip()] = value
     try:
-        return SpecPC(**found)
+        return kind(**found)
     except ConfigError as error:
-        raise ConfigError(f"{OPTIONS}{text} holds no options of SpecPC. {error}") from error
+        raise ConfigError(f"{name} holds no options of {kind.__name__}. {error}") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from .cache_table import cache_table
 from .metrics import word_f1
 from .records import Record
 from .tables import (
@@ -35,12 +36,20 @@ def real_sections(records: Sequence[Record], reference: str) -> list[str]:
         own = [record for record in records if record.task == task]
         parts.append(f"## {task}, {own[0].length} tokens")
         parts += [described(own), real_table(own, reference)]
+        parts += _on_the_cache(own, reference)
         if len({record.kind for record in own}) > 1:
             parts += ["Answers contained, by kind of question:", kind_table(own)]
         for right, word in _SIDES.items():
             if side := [record for record in own if record.draft_correct is right]:
                 parts += [f"Items that the draft alone gets {word}:", real_table(side, reference)]
+                parts += _on_the_cache(side, reference)
     return parts
+
+
+def _on_the_cache(records: Sequence[Record], reference: str) -> list[str]:
+    """A table of how far methods on the cache stray from the full one, where there are any."""
+    found = cache_table(records, reference)
+    return [f"Methods on the cache, in nats a token:\n\n{found}"] if found else []
 
 
 def real_table(records: Sequence[Record], reference: str) -> str:

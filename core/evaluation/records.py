@@ -22,7 +22,8 @@ class Record:
     survive; `draft_correct` says whether the draft's own answer to the whole prompt was right, None
     where the prompt exceeds its window. `error` replaces the answer where a method refused.
     `log_likelihood` and `divergence` are those of `likelihood.py`, in nats a token; None where the
-    reference answer was not read.
+    reference answer was not read. `own_divergence` is the divergence at the tokens of the target's
+    own greedy answer to the whole prompt, known for methods on the cache.
     """
 
     item: str
@@ -48,6 +49,7 @@ class Record:
     kind: str = ""
     log_likelihood: float | None = None
     divergence: float | None = None
+    own_divergence: float | None = None
 
     @property
     def key(self) -> Key:

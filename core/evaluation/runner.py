@@ -260,6 +260,7 @@ def _record(case: Case, method: EvalMethod, budget: float, draft_correct: bool |
         kind=item.kind,
         log_likelihood=None if reading is None else reading.log_likelihood,
         divergence=None if reading is None or full is None else divergence(full, reading),
+        own_divergence=done.own_divergence,
     )
 
 

@@ -27,7 +27,7 @@ from ..specpc.draft import DraftModel
 from ..specpc.sparse_positions import kept_places, start_at
 from ..types import Answer, DraftReading
 from .baselines import Kept
-from .likelihood import AnswerReading, read_answer
+from .likelihood import AnswerReading, divergence, read_answer
 from .tasks import EvalItem
 
 T = TypeVar("T")
@@ -151,6 +151,7 @@ class Case:
         self.prefill_seconds = 0.0  # of the target's full prefill, once it has been shared
         self._memories: Memories | None = None
         self._read = False
+        self._own: tuple[torch.Tensor, AnswerReading] | None = None
 
     def budget(self, share: float) -> int:
         """Passage tokens that may stay, by the rule of `SpecPC.ratio` and `SpecKV.ratio`."""
@@ -204,19 +205,45 @@ class Case:
         pair = self.bench.pipeline.pair
         return self.once("full reading", read)
 
+    def own_divergence(self, begun: Start) -> float | None:
+        """How far the target strays from its own greedy answer to the whole prompt.
+
+        Args:
+            begun: Where decoding would begin; stays as it is.
+
+        Returns:
+            The divergence at that answer's tokens; None where the reference is not read, or the
+            whole prompt has no full reading.
+        """
+        if not self.spoken or (memories := self.memories()) is None:
+            return None
+        target = self.bench.target
+        if self._own is None:
+            ids, limit = self.bench.encoder.encode(self.prompt).ids, self.bench.generation
+            said = greedy(
+                target, ids, limit.max_new_tokens, memories.target.start(target, ids)
+            )  # (answer,)
+            self._own = said, read_answer(target, memories.target.start(target, ids), said)
+        said, full = self._own
+        return divergence(full, read_answer(target, deepcopy(begun), said))
+
     def answer(self, prompt: Prompt, method: Method | None, *, shared: bool) -> Answer:
         """What the engine answers; arguments as for `answer_and_read`."""
         return self.answer_and_read(prompt, method, shared=shared)[0]
 
     def answer_and_read(
         self, prompt: Prompt, method: Method | None, *, shared: bool
-    ) -> tuple[Answer, AnswerReading | None]:
-        """What the engine answers, and what the target thinks of the reference answer.
+    ) -> tuple[Answer, AnswerReading | None, float | None]:
+        """What the engine answers, and what the target thinks of known answers.
 
         Args:
             prompt: The item's prompt, or a shorter one.
             method: A method on the cache, or both stages.
             shared: Go on from the full prefill, which the prompt must begin with.
+
+        Returns:
+            The answer, the reading of the reference answer, and `own_divergence` for methods on
+            the cache.
         """
         memories = self.memories() if shared else None
         pipeline, options = self.bench.pipeline, [self.bench.generation]
@@ -224,8 +251,9 @@ class Case:
         with request.clock("prefill"):
             start = pipeline.begin([request])
         reading = self.read_reference(request.ids if start is None else start)
+        strays = None if start is None else self.own_divergence(start)
         text = "".join(piece for (piece,) in pipeline.decode([request], start))
-        return answer_of(request, text), reading
+        return answer_of(request, text), reading, strays
 
     def start_in_place(self, kept: Kept) -> tuple[torch.Tensor, Start]:
         """The kept characters' tokens, and where a target begins that reads them in their places.

@@ -48,14 +48,28 @@ def difference(
 
 
 def likelihood_difference(own: Sequence[Record], base: Sequence[Record]) -> str:
+    """Mean difference of the reference answer's log-likelihood, as `nats_difference` shows it."""
+    return nats_difference(own, base, lambda record: record.log_likelihood)
+
+
+def nats_difference(
+    own: Sequence[Record], base: Sequence[Record], value: Callable[[Record], float | None]
+) -> str:
     """Mean difference in nats a token over the items that both have, with its 95 % interval."""
-    others = {r.item: r.log_likelihood for r in base if r.log_likelihood is not None}
-    mine = [r for r in own if r.log_likelihood is not None and r.item in others]
-    if not mine:
+    pairs = paired(own, base, value)
+    if not pairs:
         return ""
-    pairs = [(r.log_likelihood or 0.0, others[r.item]) for r in mine]
     mean, low, high = paired_difference(*zip(*pairs, strict=True))
     return f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"
+
+
+def paired(
+    own: Sequence[Record], base: Sequence[Record], value: Callable[[Record], float | None]
+) -> list[tuple[float, float]]:
+    """Both methods' values of the items that both have."""
+    others = {record.item: value(record) for record in base}
+    found = ((value(record), others.get(record.item)) for record in own)
+    return [(mine, other) for mine, other in found if mine is not None and other is not None]
 
 
 def described(records: Sequence[Record]) -> str:

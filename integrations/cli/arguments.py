@@ -47,6 +47,18 @@ def model(text: str) -> str:
     return text
 
 
+def weights(text: str) -> Quantization:
+    """A way of quantising weights, by its short name."""
+    known = {
+        "nf4": Quantization(bits=4),
+        "int8": Quantization(bits=8),
+        "torchao": Quantization(bits=8, backend="torchao"),
+    }
+    if text not in known:
+        raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(known)}")
+    return known[text]
+
+
 def known_path(text: str) -> Path:
     """A file or folder that is there."""
     if not Path(text).exists():

@@ -20,6 +20,7 @@ from .arguments import (
     progress,
     quantization,
     share,
+    weights,
 )
 
 _DESCRIPTION = """\
@@ -52,6 +53,12 @@ def add_eval(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_models(line, target=True, draft=True, bits="the target")
+    line.add_argument(
+        "--draft-quantization",
+        type=weights,
+        metavar="KIND",
+        help="quantise the draft: nf4, int8, or torchao (8 bits, closer to the unquantised model)",
+    )
     pair = line.add_argument_group("prompt and answer")
     pair.add_argument("--max-new-tokens", type=count, default=64, metavar="N")
     pair.add_argument(
@@ -142,7 +149,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     from ...core.prompt.messages import DEFAULT_SYSTEM
 
     if arguments.list:
-        own = "embedding:MODEL", "specpc:OPTION=VALUE,..."
+        own = "embedding:MODEL", "specpc:OPTION=VALUE,...", "speckv:OPTION=VALUE,..."
         print("methods:", *METHODS, *own, sep="\n  ")
         print("groups of methods:", *(f"{g}: {' '.join(m)}" for g, m in GROUPS.items()), sep="\n  ")
         print("tasks:", *TASKS, sep="\n  ")
@@ -170,7 +177,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     }
     bench = Bench(
         load_model(arguments.target, quantization=quantization(arguments), **options),
-        load_model(arguments.draft, **options),
+        load_model(arguments.draft, quantization=arguments.draft_quantization, **options),
         max_new_tokens=arguments.max_new_tokens,
     )
     if arguments.attention:
