@@ -15,7 +15,7 @@ Pool = Literal["max", "mean"]
 Reduction = Literal["max", "mean", "mean-max"]
 Unit = Literal["token", "word", "sentence", "passage"]
 Scorer = Literal[
-    "speckv", "snapkv", "laq", "oracle", "tova", "h2o", "streaming", "key_norm", "random"
+    "speckv", "snapkv", "laq", "oracle", "kvzip", "tova", "h2o", "streaming", "key_norm", "random"
 ]
 OnError = Literal["raise", "original"]
 PositiveInt = Annotated[int, Field(ge=1, strict=True)]
@@ -174,8 +174,10 @@ class SpecKV(Options):
         lookahead_tokens: Tokens the draft guesses; None means the generation's `max_new_tokens`, at
             most 256 (`Engine.trace` takes its own `max_new_tokens` as it is).
         scorer: "speckv"; or a baseline that needs no draft: "snapkv", "laq", "tova", "h2o",
-            "streaming", "key_norm", "random", and "oracle" (the target's own greedy answer as
-            lookahead, an upper bound that costs more than it saves). See `core/kv_scorers/`.
+            "streaming", "key_norm", "random", "kvzip" (what the target needs to repeat the
+            passages; the same for every question, for two more passes over them), and "oracle" (the
+            target's own greedy answer as lookahead, an upper bound that costs more than it saves).
+            See `core/speckv/scorers/`.
         seed: Of "random".
         prefill_vertical_size: Sparse prefill: while the target reads, every token sees only this
             many best-scored columns per KV head, protected tokens among them, and the last

@@ -26,7 +26,7 @@ from draftsieve.core.kv_cache.prefill import pad_left
 from draftsieve.core.prompt.encoder import PromptTokens
 from draftsieve.core.speckv.evict import Eviction, evict
 from draftsieve.core.speckv.lookahead import own_lookahead
-from draftsieve.core.speckv.scorers import SCORERS, h2o
+from draftsieve.core.speckv.scorers import SCORERS, h2o, kvzip
 
 from . import families
 from .adapters_fixtures import QUESTION, TEMPLATE, TEXTS, tiny_engine, tiny_model, tiny_tokenizer
@@ -477,10 +477,11 @@ def test_no_scorer_forms_a_matrix_of_all_tokens(name: str) -> None:
             return out
 
     model, prompt = families.build("llama", "sdpa"), families.ids(1500)[0]
+    model.config.max_position_embeddings = 4096  # room for what a scorer repeats
     options = SpecKV.model_validate({"scorer": name, "window_size": 4})
     with Largest() as largest:
         evict(model, [prompt], [prompt[:4]], options, [100])
-    heads, rows = 4, {"h2o": h2o.BLOCK}.get(name, 10)
+    heads, rows = 4, {"h2o": h2o.BLOCK, "kvzip": 2 * kvzip.BLOCK}.get(name, 10)
     assert largest.size <= max(heads * rows, 128) * 1504 < 1500**2
 
 

@@ -19,7 +19,7 @@ from ..runtime.limits import Clock
 from ..speckv.batch import start_evicted
 from ..speckv.evict import evict, token_capacity
 from ..speckv.lookahead import NOTHING, own_lookahead
-from ..speckv.scorers import needs_draft
+from ..speckv.scorers import SCORERS, kvzip, needs_draft
 from .pair import Pair
 
 logger = logging.getLogger(__name__)
@@ -72,7 +72,7 @@ def start_evictions(pair: Pair, requests: Sequence[Request]) -> Start:
     asked = (
         pair.target,
         [request.ids for request in requests],
-        [NOTHING if plan is None else plan.lookahead for plan in plans],
+        [NOTHING if plan is None else _behind(pair, plan) for plan in plans],
         next(plan.method for plan in plans if plan is not None),
         [len(r.tokens) if r.eviction is None else r.eviction.capacity for r in requests],
         [request.protected for request in requests],
@@ -82,6 +82,13 @@ def start_evictions(pair: Pair, requests: Sequence[Request]) -> Start:
     for request in requests:
         request.cache_bytes = cache_bytes(start.cache) // len(requests)
     return start
+
+
+def _behind(pair: Pair, plan: EvictionPlan) -> torch.Tensor:
+    """(tokens,) int64 that the target reads behind the prompt, or prepares with."""
+    if SCORERS[plan.method.scorer].lookahead == "request":
+        return torch.tensor(pair.encoder.encode_text(kvzip.REQUEST), dtype=torch.int64)
+    return plan.lookahead
 
 
 def new_guesses(

@@ -28,7 +28,7 @@ from ..kv_cache.prefill import Start, pad_left
 from ..kv_cache.prefix import Memory
 from ..models.attention_capture import AttentionCall, observing
 from .budgets import choose_entries, layer_budgets
-from .scorers import SCORERS, LayerView
+from .scorers import SCORERS, LayerView, Prepare
 from .sparse_prefill import SparsePrefill, plan_sparse
 
 
@@ -72,14 +72,17 @@ def evict(
     Args:
         model: The target. Sliding-window layers keep their windows; they allow no padding.
         prompts: (tokens,) int64 each, at least 2 tokens.
-        lookaheads: (tokens,) int64 each, the draft's guessed answers; may be empty.
+        lookaheads: (tokens,) int64 each, the draft's guessed answers, or what the scorer prepares
+            with; may be empty.
         options: Window, kernel, pooling and reduction.
         capacities: C of each row, window included. Below the window the newest C are kept.
         protected: (tokens,) bool each, entries that always stay; at most C of them.
         memory: What the target already knows of a single prompt's beginning.
     """
+    scorer = SCORERS[options.scorer]
+    behind = lookaheads if scorer.prepare is None else [row[:0] for row in lookaheads]
     ids, mask = pad_left(prompts, model.device)  # (batch, columns)
-    guess, guess_mask = _pad_right(lookaheads, model.device)
+    guess, guess_mask = _pad_right(behind, model.device)
     padding = torch.cat([mask, guess_mask], dim=1)
     columns = ids.shape[1]
     lengths = mask.sum(1)
@@ -101,6 +104,8 @@ def evict(
     evictor.cache, evictor.begin = cache, known
     if options.uneven:
         evictor.share_out()
+    if scorer.prepare is not None:
+        evictor.prepare(scorer.prepare, model, prompts, lookaheads, memory)
     if options.prefill_vertical_size is not None:
         evictor.sparse = plan_sparse(options, padding.bool(), slots < lengths - 1, known)
     with torch.no_grad(), observing(model, evictor):
@@ -190,12 +195,32 @@ class _Evictor:
         self.kept: list[torch.Tensor] = []
         self.counts: list[torch.Tensor] = []
         self.holders: dict[int, int] = {}  # address of a layer's keys -> the layer
+        self.given: dict[int, torch.Tensor] = {}  # layer -> (batch, kv_heads, columns) prepared
         self.budgets: dict[int, torch.Tensor] = {}  # uneven layer -> (batch,) entries a head
 
     def protect(self, entries: torch.Tensor) -> None:
         """Keep these (batch, columns) instead of the window, which then competes like the rest."""
         self.fixed = self.always = self.before_last & entries
         self.candidates = self.before_last & ~self.fixed
+
+    def prepare(
+        self,
+        prepare: Prepare,
+        model: PreTrainedModel,
+        prompts: Sequence[torch.Tensor],
+        requests: Sequence[torch.Tensor],
+        memory: Memory | None,
+    ) -> None:
+        """Let the scorer look at each prompt by itself before they are read."""
+        for row, (prompt, request) in enumerate(zip(prompts, requests, strict=True)):
+            begin = self.columns - prompt.numel()
+            candidates = self.candidates[row, begin:].to(prompt.device)
+            if not bool(candidates.any()):
+                continue
+            known = memory if len(prompts) == 1 else None
+            for layer, scores in prepare(model, prompt, candidates, request, known).items():
+                empty = scores.new_zeros(len(prompts), scores.shape[0], self.columns)
+                self.given.setdefault(layer, empty)[row, :, begin:] = scores
 
     def share_out(self) -> None:
         """Settle how much each uneven layer of the cache may keep."""
@@ -237,6 +262,7 @@ class _Evictor:
             reduction=self.options.reduction,
             seed=self.options.seed,
             attention=attention,
+            given=self.given.get(call.layer),
         )
         pooled = self._pool(self.scorer.score(view))
         if isinstance(layer, UnevenLayer):

@@ -2,7 +2,8 @@
 
 A scorer is a function from a `LayerView` to (batch, kv_heads, columns) scores; higher stays.
 Budget, protection, pooling and eviction are the same for all (`core/speckv.py`). A method's
-lookahead says whose guess the target reads behind the prompt.
+lookahead says whose guess the target reads behind the prompt; with "request" it is a text that
+`prepare` needs, which finds scores before the prompt is read.
 """
 
 from __future__ import annotations
@@ -12,12 +13,18 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from transformers import PreTrainedModel
 
 from ...config import Method, stages
-from . import attention, h2o, key_norm, random_scores, streaming, tova
+from ...kv_cache.prefix import Memory
+from . import attention, h2o, key_norm, kvzip, random_scores, streaming, tova
 from .view import LayerView
 
-Lookahead = Literal["draft", "none", "compressed", "target"]
+Lookahead = Literal["draft", "none", "compressed", "target", "request"]
+Prepare = Callable[
+    [PreTrainedModel, torch.Tensor, torch.Tensor, torch.Tensor, Memory | None],
+    Mapping[int, torch.Tensor],
+]  # target, prompt, its candidates, request, memory -> per layer (kv_heads, tokens) scores
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +34,7 @@ class KVScorer:
     score: Callable[[LayerView], torch.Tensor]
     lookahead: Lookahead
     pooled: bool = True  # whether `SpecKV.pool` applies
+    prepare: Prepare | None = None
 
 
 SCORERS: Mapping[str, KVScorer] = {
@@ -34,6 +42,7 @@ SCORERS: Mapping[str, KVScorer] = {
     "snapkv": KVScorer(attention.score, "none"),
     "laq": KVScorer(attention.score, "compressed"),
     "oracle": KVScorer(attention.score, "target"),
+    "kvzip": KVScorer(kvzip.score, "request", pooled=False, prepare=kvzip.reconstruct),
     "tova": KVScorer(tova.score, "none", pooled=False),
     "h2o": KVScorer(h2o.score, "none", pooled=False),
     "streaming": KVScorer(streaming.score, "none", pooled=False),
@@ -49,4 +58,4 @@ def needs_draft(method: Method | None) -> bool:
     return specpc is not None or guessing
 
 
-__all__ = ["SCORERS", "KVScorer", "LayerView", "Lookahead", "needs_draft"]
+__all__ = ["SCORERS", "KVScorer", "LayerView", "Lookahead", "Prepare", "needs_draft"]

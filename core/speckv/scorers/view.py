@@ -18,7 +18,8 @@ class LayerView:
     columns) is False at padding; `observes` (batch, rows) says which of the newest `rows` queries
     observe. `attention(first, last)` gives the probabilities of queries first..last-1, counted over
     prompt and lookahead, as (batch, heads, last - first, columns) float32; queries below `begin`
-    went by in an earlier pass and cannot be asked.
+    went by in an earlier pass and cannot be asked. `given` (batch, kv_heads, columns) is what the
+    scorer's `prepare` has found.
     """
 
     layer: int
@@ -30,6 +31,7 @@ class LayerView:
     reduction: Pool
     seed: int
     attention: Callable[[int, int], torch.Tensor]
+    given: torch.Tensor | None = None
 
     @property
     def rows(self) -> int:

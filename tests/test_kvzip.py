@@ -1,0 +1,109 @@
+"""KVzip: scores from a repeated context, against plain attention matrices."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from draftsieve import Engine, Generation, SpecKV
+from draftsieve.core.errors import ModelError
+from draftsieve.core.kv_cache.prefix import read_memory
+from draftsieve.core.speckv.evict import evict
+from draftsieve.core.speckv.scorers import kvzip
+
+from . import families
+from .adapters_fixtures import QUESTION, TEXTS, tiny_engine, tiny_model, tiny_tokenizer
+
+METHOD = SpecKV(scorer="kvzip", ratio=0.4)
+REQUEST = torch.tensor([7, 8, 9])
+
+
+def _candidates(tokens: int, first: int, end: int) -> torch.Tensor:
+    found = torch.zeros(tokens, dtype=torch.bool)
+    found[first:end] = True
+    return found
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3", "gpt_oss"])
+def test_scores_are_those_of_an_eager_pass(name: str) -> None:
+    """One chunk that holds the whole context: the maxima of the repetition's attention to it."""
+    model, prompt = families.build(name, "eager"), families.ids(60)[0]
+    found = kvzip.reconstruct(model, prompt, _candidates(60, 0, 50), REQUEST)
+    ids = torch.cat([prompt[:50], REQUEST, prompt[:50]])
+    with torch.no_grad():
+        whole = model(input_ids=ids.unsqueeze(0), output_attentions=True).attentions
+    assert found
+    for layer, scores in found.items():
+        asked = whole[layer][0, :, 50:, :50]  # (heads, repeated, context)
+        kv_heads = scores.shape[0]
+        expected = asked.reshape(kv_heads, -1, 50).amax(1)
+        torch.testing.assert_close(scores[:, :50], expected, rtol=1e-4, atol=1e-6)
+        assert not scores[:, 50:].any()
+
+
+def test_chunks_compete_among_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Section 3.4: softmax over a chunk's keys and those of its repetition alone."""
+    model, prompt = families.build("llama", "eager"), families.ids(60)[0]
+    monkeypatch.setattr(kvzip, "CHUNK", 20)
+    monkeypatch.setattr(kvzip, "BLOCK", 7)
+    monkeypatch.setattr(kvzip, "STEP", 11)
+    found = kvzip.reconstruct(model, prompt, _candidates(60, 10, 50), REQUEST)
+    for begin in (10, 30):
+        again = prompt[max(10, begin - kvzip.OVERLAP) : begin + 20]
+        ids = torch.cat([prompt[:50], REQUEST, again])
+        with torch.no_grad():
+            whole = model(input_ids=ids.unsqueeze(0), output_attentions=True).attentions
+        for layer, scores in found.items():
+            asked = whole[layer][0, :, 50:]
+            own = torch.cat([asked[..., begin : begin + 20], asked[..., 50:]], dim=-1)
+            share = own / own.sum(-1, keepdim=True)  # the softmax over these keys alone
+            expected = share[..., :20].reshape(scores.shape[0], -1, 20).amax(1)
+            torch.testing.assert_close(scores[:, begin : begin + 20], expected)
+
+
+def test_a_memory_of_the_context_changes_no_score() -> None:
+    model, prompt = families.build("llama", "sdpa"), families.ids(80)[0]
+    candidates = _candidates(80, 5, 70)
+    plain = kvzip.reconstruct(model, prompt, candidates, REQUEST)
+    for size in (40, 70, 80):
+        memory = read_memory(model, prompt[:size])
+        found = kvzip.reconstruct(model, prompt, candidates, REQUEST, memory)
+        for layer, scores in plain.items():
+            torch.testing.assert_close(found[layer], scores, rtol=1e-4, atol=1e-6)
+
+
+def test_the_question_has_no_part_in_the_choice() -> None:
+    model, context = families.build("llama", "sdpa"), families.ids(60)[0]
+    protected = torch.ones(80, dtype=torch.bool)
+    protected[4:60] = False
+    kept = []
+    for seed in (1, 2):
+        prompt = torch.cat([context, families.ids(20, seed=seed)[0]])
+        done = evict(model, [prompt], [REQUEST], METHOD, [50], [protected])
+        kept.append([head.tolist() for layer in done.entries(0) for head in layer])
+    assert kept[0] == kept[1]
+
+
+def test_an_engine_and_a_session_answer_with_it() -> None:
+    engine = Engine(tiny_model(64, seed=2), tiny_tokenizer())
+    short = Generation(max_new_tokens=6)
+    answer = engine.answer(QUESTION, TEXTS, method=METHOD, generation=short)
+    assert (answer.usage.cache_entries or 999) < answer.usage.prompt_tokens
+    assert not answer.lookahead  # the request is no guess
+    asked = engine.session(TEXTS).answer(QUESTION, METHOD, generation=short)
+    assert asked.text == answer.text
+    plain = engine.answer(QUESTION, TEXTS, generation=short)
+    whole = engine.answer(
+        QUESTION, TEXTS, method=SpecKV(scorer="kvzip", ratio=1.0), generation=short
+    )
+    assert whole.text == plain.text
+
+
+def test_a_window_without_room_for_a_repetition_is_refused() -> None:
+    engine = tiny_engine()
+    engine.target.config.max_position_embeddings = 70
+    try:
+        with pytest.raises(ModelError, match='scorer="kvzip" lets the target repeat a context'):
+            engine.answer(QUESTION, TEXTS, method=METHOD, generation=Generation(max_new_tokens=2))
+    finally:
+        engine.target.config.max_position_embeddings = 4096
