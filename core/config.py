@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, PlainSerializer, model_validator
 
 from .errors import ConfigError
 from .grammar import Grammar
-from .options import Options
+from .options import Options, named
 
 Pool = Literal["max", "mean"]
 Reduction = Literal["max", "mean", "mean-max"]
@@ -25,6 +26,31 @@ _PRESETS: dict[str, dict[str, Any]] = {
     "2026-11": {"unit": "sentence", "lookahead_tokens": 16, "lexical_weight": 0.25}
 }
 NEWEST_PRESET = "2026-11"
+SEMANTIC_WEIGHT = 0.5
+"""What an embedder counts that is given without a weight, beside a preset that has none."""
+_SMALL = ("token", "word")  # units that no second opinion is asked about
+
+
+def _embeds(value: Any) -> Any:
+    """The value, if it can be an embedder."""
+    if isinstance(value, str) and (not value or value.startswith("<")):
+        raise ValueError(
+            f"embedder={value!r} is no name of a model, but how another embedder was written out: "
+            "give the object itself."
+        )
+    pair = [callable(getattr(value, name, None)) for name in ("embed_documents", "embed_query")]
+    if value is None or isinstance(value, str | Path) or callable(value) or all(pair):
+        return value
+    raise ValueError(
+        f"embedder={named(value)} cannot embed: give a function from texts to vectors, an object "
+        "with embed_documents and embed_query, or a folder in sentence-transformers' form."
+    )
+
+
+AnyEmbedder = Annotated[
+    Any | None, AfterValidator(_embeds), PlainSerializer(named, when_used="json")
+]
+"""What can be an embedder; an object of the caller's is written to JSON by its name."""
 
 
 def _one_budget(values: object, default: int) -> object:
@@ -69,6 +95,14 @@ class SpecPC(Options):
             the words it has in common with the question; the draft's score makes up the rest, both
             as shares of the best one's. 0 asks the draft alone, as in the paper. Used with
             `unit="sentence"` and `unit="passage"`.
+        semantic_weight: Share in 0..1 of what a sentence or passage counts that comes from an
+            embedder, the cosine of its vector and the question's. All shares are then of z-scores
+            over the prompt's sentences or passages, of the draft's scores the logarithm. Without
+            an embedder it has no effect. Needs `unit="sentence"` or `unit="passage"`.
+        embedder: What `semantic_weight` asks: a function from texts to vectors, an object with
+            `embed_documents` and `embed_query`, or the folder (or hub id) of a model in
+            sentence-transformers' form. Vectors are remembered while it lives. It takes no part
+            in the hash.
         passage_floor: Units that every passage is sure of, its best ones, before all others
             compete; given out best first while the budget lasts.
         score_mass: Keep the best units only until they hold this share of the scores of all
@@ -106,6 +140,8 @@ class SpecPC(Options):
     unit_score: Pool = "max"
     language: Annotated[str, Field(pattern="^[a-z]{2,3}$")] | None = None
     lexical_weight: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
+    semantic_weight: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
+    embedder: AnyEmbedder = None
     passage_floor: Annotated[int, Field(ge=0, strict=True)] = 0
     score_mass: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
     head_weights: str | Path | None = None
@@ -130,6 +166,37 @@ class SpecPC(Options):
             )
         return self
 
+    @model_validator(mode="after")
+    def _opinions(self) -> SpecPC:
+        if self.semantic_weight and self.unit in _SMALL:
+            raise ValueError(
+                f"semantic_weight={self.semantic_weight} asks an embedder about sentences or "
+                f'passages, but unit is "{self.unit}": set it to "sentence" or "passage".'
+            )
+        if self.lexical_weight + self.semantic_weight > 1 + 1e-9:
+            raise ValueError(
+                f"lexical_weight={self.lexical_weight} and semantic_weight={self.semantic_weight} "
+                "are shares of one score: together they must not exceed 1."
+            )
+        return self
+
+    def __hash__(self) -> int:
+        """Of everything but the embedder, which may have no hash."""
+        return hash((type(self), *(value for name, value in self if name != "embedder")))
+
+    def __deepcopy__(self, memo: dict[int, Any] | None = None) -> SpecPC:
+        """A copy with the same embedder: nothing else in it can change."""
+        return self.__copy__()
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> SpecPC:
+        """pydantic's; a deep copy has the same embedder too."""
+        return super().model_copy(update=update)
+
+    def __repr_args__(self) -> Iterator[tuple[str | None, Any]]:
+        """The options, the embedder by its name."""
+        for name, value in super().__repr_args__():
+            yield name, named(value) if name == "embedder" else value
+
     @classmethod
     def preset(cls, name: str, **changes: Any) -> SpecPC:
         """A dated combination for prompts with passages, beside the paper's settings.
@@ -146,7 +213,10 @@ class SpecPC(Options):
         """
         if name not in _PRESETS:
             raise ConfigError(f"There is no preset {name!r}; there are: {sorted(_PRESETS)}.")
-        return cls(**{**_PRESETS[name], **changes})
+        chosen = {**_PRESETS[name], **changes}
+        if chosen.get("unit") in _SMALL and "semantic_weight" not in changes:
+            chosen.pop("semantic_weight", None)
+        return cls(**chosen)
 
     @property
     def neighbors(self) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -58,3 +59,26 @@ def _sentence(owner: type[BaseModel], error: Mapping[str, Any], wanted: Sequence
     if kind == "model_type":  # one finding for each class of a union
         message = f"input should be {' or '.join(wanted)}"
     return f"{owner.__name__}({name}={error['input']!r}): {message[:1].lower()}{message[1:]}."
+
+
+def named(value: object) -> str | None:
+    """How an object of the caller's is written out, with as much as tells it from others.
+
+    Args:
+        value: Such as a function or a model.
+
+    Returns:
+        None and paths as they are; else a name in angle brackets, with a model's own name, or a
+        place in memory where no name tells it.
+    """
+    if value is None or isinstance(value, str | Path):
+        return None if value is None else str(value)
+    owner = getattr(value, "__self__", value)
+    kind: Any = value if hasattr(value, "__qualname__") else type(value)
+    name = f"{kind.__module__}.{kind.__qualname__}"
+    models = (getattr(owner, field, None) for field in ("model_name", "model"))
+    model = next((it for it in models if isinstance(it, str) and it != "unknown"), None)
+    if model is not None:
+        return f"<{name} {model}>"
+    told = kind is value is owner and "<" not in name  # a function or class of a module
+    return f"<{name}>" if told else f"<{name} at {id(owner):#x}>"

@@ -93,8 +93,8 @@ class Selection(TensorValue):
 class CompressionStats:
     """Sizes in draft tokens (of the whole prompt and of its passages) and seconds per stage.
 
-    `fallback` says why the passages came back unchanged although compression was asked for;
-    it is None otherwise.
+    `fallback` says why the passages came back unchanged although compression was asked for, and
+    `note` what was left out of the method; both are None otherwise.
     """
 
     prompt_tokens: int
@@ -104,6 +104,7 @@ class CompressionStats:
     compressed: bool
     seconds: Mapping[str, float] = field(default_factory=dict, hash=False)
     fallback: str | None = None
+    note: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

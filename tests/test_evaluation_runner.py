@@ -201,7 +201,7 @@ def test_names_groups_and_missing_needs(caplog: pytest.LogCaptureFixture) -> Non
         find_methods(["nothing"])
     (missing,) = find_methods(["embedding:./not-there"])
     assert missing.check is not None
-    with pytest.raises(ModelNotFoundError, match="embedding model"):
+    with pytest.raises(ModelNotFoundError, match="There is no model"):
         missing.check(bench())
 
 

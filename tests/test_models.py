@@ -267,6 +267,16 @@ def test_a_model_that_reads_and_answers_is_loaded_once() -> None:
     )
 
 
+def test_cut_off_weights_are_told(tmp_path: Path) -> None:
+    loaded = load_model("builtin:draft", device="cpu", progress=False)
+    loaded.model.save_pretrained(tmp_path)
+    loaded.tokenizer.save_pretrained(tmp_path)
+    whole = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ModelError, match="Cannot load the model"):
+        load_model(tmp_path, device="cpu", progress=False)
+
+
 def test_a_revision_of_a_hub_repository_is_taken(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

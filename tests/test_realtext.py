@@ -366,7 +366,7 @@ def test_vectors_rank_by_angle_and_are_made_once() -> None:
     score = by_meaning(embed)
     assert ranked(score("ab", ["c", "aabb", "abbb"])) == [1, 2, 0]
     assert score("ab", ["aabb"]) == [pytest.approx(1.0)]
-    assert asked == [["c", "aabb", "abbb"], ["ab"], ["ab"]]
+    assert asked == [["c", "aabb", "abbb"], ["ab"]]
 
 
 def test_fusion_prefers_what_both_have_near_the_top() -> None:

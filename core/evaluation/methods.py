@@ -17,6 +17,7 @@ from typing import Any, TypeVar, get_args
 from ..config import Scorer as CacheScorer
 from ..config import SpecKV, SpecKVPC, SpecPC
 from ..errors import ConfigError
+from ..models.embedder import load_embedder
 from ..speckv.scorers import SCORERS
 from ..specpc.bm25 import bm25
 from ..specpc.head_weights import head_weights
@@ -162,10 +163,17 @@ def _target_seconds(answer: Answer) -> float:
 
 
 def _specpc(options: SpecPC, case: Case, share: float) -> Shortened:
-    method = options.model_copy(update={"capacity": None, "ratio": share})
+    method = _asking(options, case.bench).model_copy(update={"capacity": None, "ratio": share})
     shorter, context = case.bench.draft.compress_prompt(case.prompt, method)
     kept = kept_spans(context, len(case.item.passages))
     return kept, [passage.text for passage in shorter.passages]
+
+
+def _asking(options: SpecPC, bench: Bench) -> SpecPC:
+    """With the bench's embedder, where the options weigh one and name none."""
+    if not options.semantic_weight or options.embedder is not None:
+        return options
+    return options.model_copy(update={"embedder": bench.embedder})
 
 
 def _specpc_kept(options: SpecPC, case: Case, share: float) -> Kept:
@@ -241,6 +249,8 @@ def _by_specpc(name: str, options: SpecPC) -> EvalMethod:
     def check(bench: Bench) -> None:
         if options.head_weights is not None:
             head_weights(bench.draft.model, options.head_weights)
+        if options.semantic_weight and options.embedder is not None:
+            load_embedder(options.embedder)
 
     if options.positions == "keep":
         return EvalMethod(name, "prompt", partial(_in_place, partial(_specpc_kept, options)), check)

@@ -106,6 +106,7 @@ class Grid:
             "seed": self.seed,
             "question_first": self.question_first,
             "system": self.system,
+            **({} if bench.embedder is None else {"embedder": str(bench.embedder)}),
             **({} if self.suite is None else {"suite": self.suite.describe()}),
         }
 

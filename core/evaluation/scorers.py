@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any
 
-import torch
-from transformers import AutoModel, AutoTokenizer
-
-from ..errors import MissingExtraError, ModelNotFoundError
+from ..errors import MissingExtraError
+from ..models.embedder import TextVectors
+from ..models.shared import shared_encoder
 from ..specpc.bm25 import words
 from .squad import Scorer
-
-BATCH = 64  # texts that an encoder reads together
 
 
 def tfidf(question: str, texts: Sequence[str]) -> list[float]:
@@ -36,47 +33,18 @@ def lsa(question: str, texts: Sequence[str], topics: int = 50) -> list[float]:
 
 
 def embedding(name: str) -> Scorer:
-    """Cosine of the vectors of `encoder`; arguments and errors as there."""
-    vectors = encoder(name)
+    """Cosines of an encoder's vectors, made anew for every question so that its seconds count.
+
+    Args:
+        name: As for `load_encoder`, and its errors.
+    """
+    encoder = shared_encoder(name)
 
     def score(question: str, texts: Sequence[str]) -> list[float]:
-        found: list[float] = (vectors(texts) @ vectors([question])[0]).tolist()
+        found: list[float] = TextVectors().cosines(encoder, question, texts).tolist()
         return found
 
     return score
-
-
-def encoder(name: str) -> Callable[[Sequence[str]], torch.Tensor]:
-    """Mean-pooled hidden states of an encoder model, as (texts, hidden) rows of length one.
-
-    Args:
-        name: A folder or a hub id, for example of a sentence-transformers model.
-
-    Raises:
-        ModelNotFoundError: The model cannot be loaded.
-    """
-    try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(name)
-        model: Any = AutoModel.from_pretrained(name, use_safetensors=True).eval()
-    except (OSError, ValueError) as error:
-        raise ModelNotFoundError(
-            f"Cannot load the embedding model {name!r}: give a folder or a hub id that this "
-            "machine can reach."
-        ) from error
-
-    def pooled(texts: list[str]) -> torch.Tensor:
-        batch = tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
-        with torch.no_grad():
-            states = model(**batch).last_hidden_state  # (texts, tokens, hidden)
-        mask = batch["attention_mask"].unsqueeze(-1)
-        mean = (states * mask).sum(1) / mask.sum(1)
-        return torch.nn.functional.normalize(mean, dim=-1)
-
-    def vectors(texts: Sequence[str]) -> torch.Tensor:
-        whole = list(texts)
-        return torch.cat([pooled(whole[i : i + BATCH]) for i in range(0, len(whole), BATCH)])
-
-    return vectors
 
 
 def require_eval(module: str, user: str) -> None:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from copy import deepcopy
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -41,6 +42,8 @@ _NOT_READ = {  # options that change what is kept, but not what the draft reads
     "unit_score": "max",
     "language": None,
     "lexical_weight": 0.0,
+    "semantic_weight": 0.0,
+    "embedder": None,
     "passage_floor": 0,
     "score_mass": None,
     "positions": "reset",
@@ -113,6 +116,7 @@ class Bench:
         draft: The model that reads first.
         max_new_tokens: Most tokens of an answer, and of the draft's guess.
         template_options: Extra arguments of both chat templates.
+        embedder: What SpecPC asks where its options weigh an embedder and name none.
     """
 
     def __init__(
@@ -122,8 +126,9 @@ class Bench:
         *,
         max_new_tokens: int = 64,
         template_options: Mapping[str, Any] | None = None,
+        embedder: str | Path | None = None,
     ) -> None:
-        self.once = Once()
+        self.once, self.embedder = Once(), embedder
         self.generation = Generation(max_new_tokens=max_new_tokens)
         self.target, self.tokenizer = target.model.eval(), target.tokenizer
         reader = SharedDraft(draft.model, draft.tokenizer, template_options, progress=False)

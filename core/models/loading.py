@@ -13,6 +13,7 @@ from threading import Lock
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -38,6 +39,7 @@ from .names import missing, resolve
 logger = logging.getLogger(__name__)
 AnyQuantization = Quantization | QuantizationConfigMixin  # ours, or any of transformers'
 _WARMING = Lock()
+_EXPECTED = (OSError, ValueError, ImportError, RuntimeError, MemoryError, SafetensorError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +106,7 @@ def load_model(
     work = f"loading {str(name)!r}"
     with (
         explain_out_of_memory(work),
-        _loading_errors(str(name), source, obstacle),
+        loading_errors(str(name), source, obstacle),
         progress_bars(progress),
     ):
         if (file := find_gguf(source, gguf_file, **files)) is not None:
@@ -133,7 +135,7 @@ def load_tokenizer(
     source = resolve(name)
     obstacle = None if Path(source).exists() else hub_obstacle()
     files: dict[str, Any] = {"revision": revision, "local_files_only": obstacle is not None}
-    with _loading_errors(str(name), source, obstacle):
+    with loading_errors(str(name), source, obstacle):
         if (file := find_gguf(source, gguf_file, **files)) is not None:
             return gguf_tokenizer(read_gguf(file))
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
@@ -259,13 +261,13 @@ def _refuse_repacked(module: torch.nn.Module, *_: Any) -> None:
 
 
 @contextmanager
-def _loading_errors(name: str, source: str, obstacle: str | None) -> Iterator[None]:
+def loading_errors(name: str, source: str, obstacle: str | None) -> Iterator[None]:
     """Explain what went wrong while loading; `obstacle` says why the hub could not be asked."""
     try:
         yield
     except DraftSieveError:
         raise
-    except (OSError, ValueError, ImportError, RuntimeError, MemoryError) as error:
+    except _EXPECTED as error:
         if is_out_of_memory(error):
             raise
         first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
-from typing import Any, TypedDict, Unpack
+from typing import Any, TypedDict, TypeVar, Unpack
 
 import torch
 
 from .devices import pick_device, pick_dtype
+from .encoder import Encoder, load_encoder
 from .loading import AnyQuantization, LoadedModel, load_model
 from .names import resolve
 
@@ -30,9 +32,10 @@ class LoadOptions(TypedDict, total=False):
 @dataclass(slots=True)
 class _Entry:
     lock: Lock = field(default_factory=Lock)  # held while loading
-    model: LoadedModel | None = None
+    model: Any = None
 
 
+T = TypeVar("T")
 _LOADED: dict[tuple[str, ...], _Entry] = {}
 _LOCK = Lock()  # of the table
 
@@ -52,13 +55,12 @@ def shared_model(name: str | Path, **options: Unpack[LoadOptions]) -> LoadedMode
         ModelError: It exists but cannot be loaded.
         OutOfMemoryError: It does not fit.
     """
-    key = _key(name, options)
-    with _LOCK:
-        entry = _LOADED.setdefault(key, _Entry())
-    with entry.lock:
-        if entry.model is None:
-            entry.model = load_model(name, **options)
-        return entry.model
+    return _once(_key(name, options), lambda: load_model(name, **options))
+
+
+def shared_encoder(name: str | Path) -> Encoder:
+    """`load_encoder`, once a process like `shared_model`."""
+    return _once(("encoder", _place(resolve(name))), lambda: load_encoder(name))
 
 
 def clear_loaded_models() -> None:
@@ -76,7 +78,20 @@ def _key(name: str | Path, options: LoadOptions) -> tuple[str, ...]:
         "dtype": pick_dtype(options.get("dtype", "auto"), place),
     }
     same.pop("progress", None)
-    if Path(source).exists():
-        source = str(Path(source).resolve())
     said = (f"{option}={value!r}" for option, value in same.items() if value not in (None, False))
-    return source, *sorted(said)
+    return _place(source), *sorted(said)
+
+
+def _place(source: str) -> str:
+    """One spelling of a folder or file; a hub id as it is."""
+    return str(Path(source).resolve()) if Path(source).exists() else source
+
+
+def _once(key: tuple[str, ...], load: Callable[[], T]) -> T:
+    with _LOCK:
+        entry = _LOADED.setdefault(key, _Entry())
+    with entry.lock:
+        if entry.model is None:
+            entry.model = load()
+        found: T = entry.model
+        return found

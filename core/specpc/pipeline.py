@@ -9,11 +9,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache, partial
 
 import torch
 
 from ..config import OnError, SpecPC
 from ..errors import ModelError, RequestTimeoutError
+from ..models.embedder import cosines, load_embedder
 from ..models.footprint import explain_out_of_memory
 from ..request import Request
 from ..runtime.limits import Clock
@@ -22,8 +24,8 @@ from .chunking import group_texts, plan_groups, spread_scores
 from .draft import DraftModel
 from .fitting import Budget, fit
 from .head_weights import head_weights
-from .ranking import only_best, rank_units
-from .result import describe, failed, unchanged
+from .ranking import Nearness, only_best, rank_units
+from .result import describe, failed, no_embedder, unchanged
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +43,7 @@ def compress(
     """
     if method.head_weights is not None:  # a missing file is no fault of a single request
         head_weights(draft.model, method.head_weights)
+    near = _nearness(method)
     for request in requests:
         with _forgiving(draft, request, on_error), explain_out_of_memory(draft=draft.model):
             _encode(draft, request, method)
@@ -48,7 +51,21 @@ def compress(
     for request in requests:
         if request.context is None:
             with _forgiving(draft, request, on_error):
-                _choose(draft, request, method)
+                _choose(draft, request, method, near)
+
+
+def _nearness(method: SpecPC) -> Nearness | None:
+    """What an embedder says; nothing where none is asked. A missing one is no request's fault."""
+    if (note := no_embedder(method)) is not None:
+        _say_once(note)
+    if not method.semantic_weight or method.embedder is None:
+        return None
+    return partial(cosines, load_embedder(method.embedder))
+
+
+@cache
+def _say_once(note: str) -> None:
+    logger.info(note)
 
 
 def _encode(draft: DraftModel, request: Request, method: SpecPC) -> None:
@@ -109,7 +126,7 @@ def _read(
         request.reading = _whole_reading(request, [next(found) for _ in request.parts])
 
 
-def _choose(draft: DraftModel, request: Request, method: SpecPC) -> None:
+def _choose(draft: DraftModel, request: Request, method: SpecPC, near: Nearness | None) -> None:
     """Rank the units of a request that has been read, and keep what the budget holds."""
     prompt, tokens, budget = request.prompt, request.draft_tokens, request.budget
     assert tokens is not None and budget is not None and request.reading is not None  # noqa: PT018
@@ -121,7 +138,7 @@ def _choose(draft: DraftModel, request: Request, method: SpecPC) -> None:
         texts = only_best(texts, tokens, scores, method.max_passages)
         kept = fit(
             texts,
-            rank_units(texts, tokens, scores, method, prompt.question),
+            rank_units(texts, tokens, scores, method, prompt.question, near),
             limit=budget.limit,
             first_guess=budget.first_guess(tokens),
             measure=lambda short: budget.measure(draft.encoder.encode(prompt.with_texts(short))),

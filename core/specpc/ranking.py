@@ -6,7 +6,7 @@ passages that they make up.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +17,10 @@ from ..config import Pool, SpecPC
 from ..prompt.encoder import PromptTokens
 from ..types import TensorValue
 from .bm25 import bm25
+from .mixing import mixed
 from .units import unit_spans
+
+Nearness = Callable[[str, Sequence[str]], torch.Tensor]  # question, texts -> (texts,) cosines
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -37,13 +40,14 @@ def rank_units(
     scores: torch.Tensor,
     options: SpecPC,
     question: str = "",
+    near: Nearness | None = None,
 ) -> RankedUnits:
     """Order the passages' units by the moment at which they are taken.
 
     Tokens and words follow the paper's order (pooled score, then neighbours); sentences and
-    passages are ordered by their best token or by the mean of their tokens, mixed with BM25 where
-    the options say so. Protected tokens lend nothing to their neighbours. Passages with an empty
-    text take no part.
+    passages are ordered by their best token or by the mean of their tokens, mixed with BM25 and
+    with an embedder's opinion where the options say so. Protected tokens lend nothing to their
+    neighbours. Passages with an empty text take no part.
 
     Args:
         texts: The passages' texts.
@@ -51,6 +55,7 @@ def rank_units(
         scores: (tokens,) from the draft.
         options: Pooling, neighbours, unit, its score, floor and adaptive budget.
         question: What BM25 looks for.
+        near: An embedder's opinion; None where there is none.
     """
     competing = _competing(texts, tokens)
     scores = scores * competing
@@ -65,9 +70,7 @@ def rank_units(
         ordered = units[np.sort(first)]
     else:
         worth = _unit_scores(unit_of, scores, len(table), options)
-        if options.lexical_weight:
-            words = bm25(question, [texts[index][start:end] for index, start, end in table])
-            worth = _mixed(worth, np.array(words), options.lexical_weight)
+        worth = _with_opinions(worth, texts, table, options, question, near)
         ordered = np.argsort(-worth, kind="stable")
     if options.passage_floor:
         groups = torch.from_numpy(table[ordered, 0])
@@ -95,11 +98,23 @@ def _unit_scores(
     return np.where(sizes > 0, means, worth)
 
 
-def _mixed(worth: np.ndarray, words: np.ndarray, share: float) -> np.ndarray:
-    """(units,) both as shares of their best, the words with `share`; -1 without tokens stays."""
-    best, most = worth.max(initial=0.0), words.max(initial=0.0)
-    mixed = (1 - share) * worth / (best or 1.0) + share * words / (most or 1.0)
-    return np.where(worth < 0, worth, mixed)
+def _with_opinions(
+    worth: np.ndarray,
+    texts: Sequence[str],
+    table: np.ndarray,
+    options: SpecPC,
+    question: str,
+    near: Nearness | None,
+) -> np.ndarray:
+    """(units,) what the draft found mixed with what others say; see `mixed`."""
+    units = [texts[index][start:end] for index, start, end in table]
+    words = np.array(bm25(question, units)) if options.lexical_weight else None
+    if near is None or not options.semantic_weight:
+        return mixed(worth, options, words, None)
+    places = np.nonzero(worth >= 0)[0]
+    found = np.zeros(len(worth))
+    found[places] = near(question, [units[place] for place in places])
+    return mixed(worth, options, words, found)
 
 
 def _sums(unit_of: np.ndarray, scores: torch.Tensor, units: int) -> np.ndarray:

@@ -24,7 +24,7 @@ def describe(
 
     Args:
         request: Encoded, read where that was needed, with its shorter prompt.
-        method: For `drop_empty`.
+        method: For `drop_empty` and what was left out of it.
         after: Tokens of the shorter prompt.
         bounds: Kept characters.
     """
@@ -50,6 +50,7 @@ def describe(
             compressed_passage_tokens=int((~after.protected).sum()),
             compressed=len(after) < len(before),
             seconds=dict(request.clock.seconds),
+            note=None if reading is None else no_embedder(method),
         ),
         lookahead_ids=() if reading is None else tuple(reading.lookahead_ids.tolist()),
     )
@@ -59,6 +60,16 @@ def unchanged(request: Request, method: SpecPC) -> CompressedContext:
     """A context in which every passage is whole because nothing had to go."""
     assert request.draft_tokens is not None  # it was encoded
     return describe(request, method, request.draft_tokens, _whole(request.prompt))
+
+
+def no_embedder(method: SpecPC) -> str | None:
+    """What is left out of a method where an embedder is missing; None where nothing is."""
+    if not method.semantic_weight or method.embedder is not None:
+        return None
+    return (
+        f"semantic_weight={method.semantic_weight} has no effect without an embedder: give one, "
+        "a function from texts to vectors or a folder in sentence-transformers' form."
+    )
 
 
 def failed(prompt: Prompt, count: Callable[[str], int], error: Exception) -> CompressedContext:

@@ -115,7 +115,10 @@ def add_eval(commands: Any) -> None:
         "(default: bm25, with --embedder fusion)",
     )
     grid.add_argument(
-        "--embedder", metavar="MODEL", help="an encoder, such as a sentence-transformers folder"
+        "--embedder",
+        metavar="MODEL",
+        help="an encoder, such as a sentence-transformers folder, for those contexts and for the "
+        "semantic_weight of methods",
     )
     grid.add_argument("--seed", type=int, default=0, help="of the items (default: 0)")
     grid.add_argument(
@@ -179,6 +182,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
         load_model(arguments.target, quantization=quantization(arguments), **options),
         load_model(arguments.draft, quantization=arguments.draft_quantization, **options),
         max_new_tokens=arguments.max_new_tokens,
+        embedder=arguments.embedder,
     )
     if arguments.attention:
         _attention(bench, grid, arguments)
@@ -204,9 +208,9 @@ def _attention(bench: Bench, grid: Grid, arguments: argparse.Namespace) -> None:
 def _suite(arguments: argparse.Namespace) -> Suite:
     """The sets that `--suite` names, and their contexts."""
     from ...core.evaluation.realtext.suites import make_suite
-    from ...core.evaluation.scorers import encoder
+    from ...core.models.shared import shared_encoder
 
-    embed = encoder(arguments.embedder) if arguments.embedder else None
+    embed = shared_encoder(arguments.embedder) if arguments.embedder else None
     return make_suite(
         arguments.suite,
         arguments.data,

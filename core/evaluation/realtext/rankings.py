@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
-import torch
-
+from ...models.embedder import Embedder, TextVectors
 from ...specpc.bm25 import Bm25
 from ..squad import Scorer
 
-Embedder = Callable[[Sequence[str]], Any]  # texts -> one vector a text, as rows of anything
 _RANK = 60  # of reciprocal rank fusion (Cormack et al., 2009)
 
 
@@ -57,15 +54,11 @@ def by_chance(seed: int) -> Scorer:
 
 def by_meaning(embed: Embedder) -> Scorer:
     """Cosine of the question's vector and each text's."""
-    known: dict[str, torch.Tensor] = {}
+    known = TextVectors(room=None)  # collections may exceed what is usually remembered
 
     def score(question: str, texts: Sequence[str]) -> list[float]:
-        missing = [text for text in dict.fromkeys(texts) if text not in known]
-        if missing:
-            known.update(zip(missing, _unit(embed(missing)), strict=True))
-        asked = _unit(embed([question]))[0]  # (width,)
-        matrix = torch.stack([known[text] for text in texts])  # (texts, width)
-        return [float(value) for value in matrix @ asked]
+        found: list[float] = known.cosines(embed, question, texts).tolist()
+        return found
 
     return score
 
@@ -102,9 +95,3 @@ def in_turn(*scorers: Scorer) -> Scorer:
 def ranked(scores: Sequence[float]) -> list[int]:
     """Places by falling score; equal scores keep their order."""
     return sorted(range(len(scores)), key=lambda index: -scores[index])
-
-
-def _unit(vectors: Any) -> torch.Tensor:
-    """Rows of length one, float32."""
-    found = torch.stack([torch.as_tensor(row, dtype=torch.float32) for row in vectors])
-    return torch.nn.functional.normalize(found, dim=-1)

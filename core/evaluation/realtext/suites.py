@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import ConfigError
+from ...models.embedder import Embedder
 from ..python_reference import read_reference
 from ..squad import Counter
 from ..tasks import EvalItem
 from .collection import Collection
 from .contexts import Around, real_items
-from .rankings import Embedder, rankings
+from .rankings import rankings
 from .sets import SETS, read_set
 
 ARTICLE = "article"  # the context that is the article itself
