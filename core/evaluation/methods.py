@@ -73,13 +73,15 @@ class EvalMethod:
     """A method: `kind` is "none", "prompt", "cache" or "both".
 
     `check` raises a `DraftSieveError` where something that the method needs is not there: an
-    installed package, or what belongs to the pair.
+    installed package, or what belongs to the pair. `keep` shortens without a target, so that
+    nothing is answered; None where there is no text to keep.
     """
 
     name: str
     kind: str
     run: Callable[[Case, float], Run]
     check: Callable[[Bench], object] | None = None
+    keep: Callable[[Case, float], Run] | None = None
 
 
 def _on_cache(options: SpecKV | None, case: Case, share: float) -> Run:
@@ -131,24 +133,33 @@ Shortened = tuple[Kept, Sequence[str]]  # kept characters, and the texts that th
 Shorten = Callable[[Case, float], Shortened]
 
 
-def _on_prompt(shorten: Shorten, case: Case, share: float) -> Run:
-    """Shorter passages, at new positions."""
+def _timed(shorten: Shorten, case: Case, share: float) -> tuple[Kept, Sequence[str], float]:
+    """What stays, and the seconds that it takes a method that shares nothing."""
     case.once.saved = 0.0
     began = time.perf_counter()
     kept, texts = shorten(case, share)
-    draft_seconds = time.perf_counter() - began + case.once.saved
+    return kept, texts, time.perf_counter() - began + case.once.saved
+
+
+def _kept(shorten: Shorten, case: Case, share: float) -> Run:
+    """What stays, which no target reads; tokens are the draft's."""
+    kept, texts, draft_seconds = _timed(shorten, case, share)
+    tokens = len(case.bench.draft.encoder.encode(case.prompt.with_texts(texts)))
+    return Run("", tokens, tokens, kept, draft_seconds, 0.0)
+
+
+def _on_prompt(shorten: Shorten, case: Case, share: float) -> Run:
+    """Shorter passages, at new positions."""
+    kept, texts, draft_seconds = _timed(shorten, case, share)
     answer, reading, _ = case.answer_and_read(case.prompt.with_texts(texts), None, shared=False)
     tokens = answer.usage.prompt_tokens
     return Run(answer.text, tokens, tokens, kept, draft_seconds, _target_seconds(answer), reading)
 
 
-def _in_place(choose: Callable[[Case, float], Kept], case: Case, share: float) -> Run:
+def _in_place(shorten: Shorten, case: Case, share: float) -> Run:
     """A part of the prompt's tokens, each at its original position."""
-    case.once.saved = 0.0
-    began = time.perf_counter()
-    kept = choose(case, share)
+    kept, _, draft_seconds = _timed(shorten, case, share)
     read = time.perf_counter()
-    draft_seconds = read - began + case.once.saved
     text, tokens = case.answer_in_place(kept)
     target_seconds = time.perf_counter() - read
     reading = case.read_reference(case.start_in_place(kept)[1])
@@ -176,15 +187,11 @@ def _asking(options: SpecPC, bench: Bench) -> SpecPC:
     return options.model_copy(update={"embedder": bench.embedder})
 
 
-def _specpc_kept(options: SpecPC, case: Case, share: float) -> Kept:
-    return _specpc(options, case, share)[0]
-
-
-def _specprefill(case: Case, share: float) -> Kept:
+def _specprefill(case: Case, share: float) -> Shortened:
     model = case.bench.draft.model
     scores = case.once("specprefill", lambda: specprefill.read(model, case.tokens.ids))
     kept = specprefill.keep_chunks(case.tokens, scores, case.budget(share))
-    return specprefill.kept_characters(case.tokens, kept, len(case.item.passages))
+    return _joined(case, specprefill.kept_characters(case.tokens, kept, len(case.item.passages)))
 
 
 def _surprise(case: Case, share: float) -> Shortened:
@@ -227,6 +234,10 @@ def _truncated(cut: Callable[..., Kept], case: Case, share: float) -> Shortened:
     return _joined(case, cut(case.item.passages, case.budget(share), count))
 
 
+def _whole(case: Case, _: float) -> Shortened:
+    return tuple(((0, len(text)),) for text in case.item.passages), case.item.passages
+
+
 def _joined(case: Case, kept: Kept) -> Shortened:
     """Kept characters as texts, with a gap mark where something is missing."""
     return kept, [
@@ -240,7 +251,15 @@ def _joined(case: Case, kept: Kept) -> Shortened:
 def _prompt(
     name: str, shorten: Shorten, check: Callable[[Bench], object] | None = None
 ) -> EvalMethod:
-    return EvalMethod(name, "prompt", partial(_on_prompt, shorten), check)
+    run = partial(_on_prompt, shorten)
+    return EvalMethod(name, "prompt", run, check, partial(_kept, shorten))
+
+
+def _placed(
+    name: str, shorten: Shorten, check: Callable[[Bench], object] | None = None
+) -> EvalMethod:
+    run = partial(_in_place, shorten)
+    return EvalMethod(name, "prompt", run, check, partial(_kept, shorten))
 
 
 def _by_specpc(name: str, options: SpecPC) -> EvalMethod:
@@ -252,9 +271,8 @@ def _by_specpc(name: str, options: SpecPC) -> EvalMethod:
         if options.semantic_weight and options.embedder is not None:
             load_embedder(options.embedder)
 
-    if options.positions == "keep":
-        return EvalMethod(name, "prompt", partial(_in_place, partial(_specpc_kept, options)), check)
-    return _prompt(name, partial(_specpc, options), check)
+    made = _placed if options.positions == "keep" else _prompt
+    return made(name, partial(_specpc, options), check)
 
 
 def _by_speckv(name: str, options: SpecKV) -> EvalMethod:
@@ -268,13 +286,13 @@ def _listed() -> tuple[EvalMethod, ...]:
 
     on_cache = [_by_speckv(name, SpecKV(scorer=name, seed=SEED)) for name in get_args(CacheScorer)]
     return (
-        EvalMethod("none", "none", partial(_on_cache, None)),
+        EvalMethod("none", "none", partial(_on_cache, None), keep=partial(_kept, _whole)),
         *on_cache,
         EvalMethod("speckv-pc", "both", _both),
         _by_specpc("specpc", SpecPC()),
         _by_specpc("specpc-keep", SpecPC(positions="keep")),
         _by_specpc("specpc-2026-11", SpecPC.preset("2026-11")),
-        EvalMethod("specprefill", "prompt", partial(_in_place, _specprefill)),
+        _placed("specprefill", _specprefill),
         _prompt("perplexity", _surprise),
         _prompt("contrastive-perplexity", _contrast),
         _prompt("bm25-sentences", partial(_sentences, bm25)),

@@ -10,7 +10,7 @@ methods, budgets and lengths may be added to a finished one.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from tqdm import tqdm
 from ..errors import ConfigError, DraftSieveError, OutOfMemoryError
 from ..prompt.messages import DEFAULT_SYSTEM
 from ..specpc.bm25 import bm25
+from .kept_summary import kept_markdown
 from .likelihood import divergence
 from .methods import EvalMethod, Run, find_methods
 from .metrics import score_answer, survival
@@ -54,6 +55,7 @@ class Grid:
         system: System text of all prompts.
         reference: The method that the others are compared with.
         suite: Real questions, asked at each length.
+        kept_only: Measure what stays of the prompts, and answer nothing: no target is read.
     """
 
     methods: tuple[str, ...] = ("table",)
@@ -68,6 +70,7 @@ class Grid:
     system: str | None = DEFAULT_SYSTEM
     reference: str = "none"
     suite: Suite | None = None
+    kept_only: bool = False
 
     def __post_init__(self) -> None:
         wrong = [budget for budget in self.budgets if not 0 < budget <= 1]
@@ -87,7 +90,14 @@ class Grid:
         unknown = [task for task in self.tasks if task not in TASKS]
         if unknown:
             raise ConfigError(f"There are no tasks {unknown}; there are: {sorted(TASKS)}.")
-        names = [method.name for method in find_methods(self.methods)]
+        found = find_methods(self.methods)
+        textless = [method.name for method in found if method.keep is None]
+        if self.kept_only and textless:
+            raise ConfigError(
+                f"{', '.join(textless)}: what they keep is no text, so that kept_only has nothing "
+                "to measure: leave them out, or let the target answer."
+            )
+        names = [method.name for method in found]
         if self.reference not in names:
             raise ConfigError(
                 f"The reference {self.reference!r} is not among the methods of this run: {names}."
@@ -108,6 +118,7 @@ class Grid:
             "system": self.system,
             **({} if bench.embedder is None else {"embedder": str(bench.embedder)}),
             **({} if self.suite is None else {"suite": self.suite.describe()}),
+            **({"kept_only": True} if self.kept_only else {}),
         }
 
 
@@ -146,7 +157,7 @@ def run(bench: Bench, grid: Grid, folder: Path, *, progress: bool = True) -> lis
                 for method, budget in cells(methods, grid)
                 if (item.id, method.name, budget) not in done
             ]
-            for record in measure(bench, item, missing):
+            for record in measure(bench, item, missing, kept_only=grid.kept_only):
                 append(folder, record)
                 done[record.key] = record
                 bar.update()
@@ -206,34 +217,52 @@ def build(bench: Bench, grid: Grid) -> Iterator[EvalItem]:
 
 
 def measure(
-    bench: Bench, item: EvalItem, missing: Sequence[tuple[EvalMethod, float]]
+    bench: Bench,
+    item: EvalItem,
+    missing: Sequence[tuple[EvalMethod, float]],
+    *,
+    kept_only: bool = False,
 ) -> Iterator[Record]:
-    """Run methods on one item; readings and prefill are made once."""
+    """Run methods on one item; readings and prefill are made once, answers none if `kept_only`."""
     if not missing:
         return
     case = bench.open(item)
-    draft_correct: bool | None = None
+    draft_correct = None if kept_only else _draft_right(case)
+    for method, budget in missing:
+        act = method.keep if kept_only else method.run
+        assert act is not None  # `Grid` refuses methods that keep no text
+        yield _record(case, method, budget, act, draft_correct)
+
+
+def _draft_right(case: Case) -> bool | None:
+    """Whether the draft answers the whole prompt right by itself; None where it cannot."""
     try:
-        draft_correct = _right(case, case.draft_answer())
+        return _right(case, case.draft_answer())
     except OutOfMemoryError:
         raise
     except DraftSieveError as error:
-        logger.info("The draft cannot answer %s itself: %s", item.id, error)
-    for method, budget in missing:
-        yield _record(case, method, budget, draft_correct)
+        logger.info("The draft cannot answer %s itself: %s", case.item.id, error)
+        return None
 
 
-def _record(case: Case, method: EvalMethod, budget: float, draft_correct: bool | None) -> Record:
+def _record(
+    case: Case,
+    method: EvalMethod,
+    budget: float,
+    act: Callable[[Case, float], Run],
+    draft_correct: bool | None,
+) -> Record:
     """One run, scored; a method that refuses an item has answered wrongly."""
     item, error = case.item, None
     try:
-        done = method.run(case, budget)
+        done = act(case, budget)
     except OutOfMemoryError:
         raise
     except DraftSieveError as refused:
         error = f"{type(refused).__name__}: {refused}"
         logger.warning("%s on %s: %s", method.name, item.id, error)
-        done = Run("", 0, 0, None, 0.0, 0.0)
+        nothing = None if method.keep is None else tuple(() for _ in item.passages)
+        done = Run("", 0, 0, nothing, 0.0, 0.0)
     score = (score_spoken if case.spoken else score_answer)(item, done.text)
     reading, full = done.reading, None if done.reading is None else case.full_reading()
     alive = None if done.kept is None else survival(item, done.kept)
@@ -275,6 +304,8 @@ def _right(case: Case, text: str) -> bool:
 def write_report(records: Sequence[Record], grid: Grid, bench: Bench, folder: Path) -> None:
     """Write the table, and the plots where matplotlib is installed."""
     title = f"{bench.names['target']} with {bench.names['draft']}, seed {grid.seed}"
-    text = markdown(records, reference=grid.reference, title=title)
+    shown = kept_markdown if grid.kept_only else markdown
+    text = shown(records, reference=grid.reference, title=title)
     (folder / TABLE).write_text(text, encoding="utf-8")
-    write_plots(records, folder)
+    if not grid.kept_only:
+        write_plots(records, folder)

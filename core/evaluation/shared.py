@@ -32,6 +32,7 @@ from .likelihood import AnswerReading, divergence, read_answer
 from .tasks import EvalItem
 
 T = TypeVar("T")
+NO_TARGET = "no target"
 _NOT_READ = {  # options that change what is kept, but not what the draft reads
     "capacity": None,
     "ratio": 1.0,
@@ -112,7 +113,7 @@ class Bench:
     """A pair of models for measuring: greedy, one request at a time.
 
     Args:
-        target: The model that answers.
+        target: The model that answers; None where nothing is answered.
         draft: The model that reads first.
         max_new_tokens: Most tokens of an answer, and of the draft's guess.
         template_options: Extra arguments of both chat templates.
@@ -121,7 +122,7 @@ class Bench:
 
     def __init__(
         self,
-        target: LoadedModel,
+        target: LoadedModel | None,
         draft: LoadedModel,
         *,
         max_new_tokens: int = 64,
@@ -130,14 +131,18 @@ class Bench:
     ) -> None:
         self.once, self.embedder = Once(), embedder
         self.generation = Generation(max_new_tokens=max_new_tokens)
+        self.names = {"target": target.name if target else NO_TARGET, "draft": draft.name}
+        self.weights = {"draft": fingerprint(draft.model)}
+        if target is not None:
+            self.weights["target"] = fingerprint(target.model)
+        else:
+            target = draft  # has a place to be, and is never asked
         self.target, self.tokenizer = target.model.eval(), target.tokenizer
         reader = SharedDraft(draft.model, draft.tokenizer, template_options, progress=False)
         reader.once = self.once
         self.draft = Compressor.of(reader)
         self.encoder = PromptEncoder(target.tokenizer, template_options)
         self.pipeline = Pipeline(self.target, self.tokenizer, self.encoder, reader)
-        self.names = {"target": target.name, "draft": draft.name}
-        self.weights = {"target": fingerprint(self.target), "draft": fingerprint(draft.model)}
 
     def open(self, item: EvalItem) -> Case:
         """Start on an item; what the last one left is forgotten."""

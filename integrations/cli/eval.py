@@ -36,11 +36,14 @@ examples:
       --data squad.json --out results-natural/
   draftsieve eval --suite python --methods none specpc bm25-sentences --out results-python/
   draftsieve eval --suite real --data FOLDER --embedder MODEL --length 1000 4000 --out results-real/
+  draftsieve eval --suite xquad.en covidqa --data FOLDER --kept-only --draft smollm2-135m \\
+      --methods none specpc bm25-sentences --reference bm25-sentences --out results-kept/
   draftsieve eval --target Qwen/Qwen3-4B --draft Qwen/Qwen3-0.6B --data my.json --out results-qwen/
   draftsieve eval --attention --length 1000 --items 60 --budget 0.25 0.125 --out results-attention/
   draftsieve eval --methods improvements --seed 1 --reference specpc --out chosen-on-seed-1/
   draftsieve eval --list
 """
+_METHODS = {False: ("table",), True: ("none", "prompt")}  # with `--kept-only`
 
 
 def add_eval(commands: Any) -> None:
@@ -68,7 +71,12 @@ def add_eval(commands: Any) -> None:
         "explains the form of the answers",
     )
     grid = line.add_argument_group("what is measured")
-    grid.add_argument("--methods", nargs="+", default=["table"], metavar="NAME")
+    grid.add_argument(
+        "--methods",
+        nargs="+",
+        metavar="NAME",
+        help='default: table, with --kept-only "none prompt"',
+    )
     grid.add_argument(
         "--budget",
         nargs="+",
@@ -128,7 +136,13 @@ def add_eval(commands: Any) -> None:
         "--reference", default="none", metavar="NAME", help="paired differences are against this"
     )
     line.add_argument("--out", type=new_folder, default=Path("results"), metavar="FOLDER")
-    line.add_argument(
+    instead = line.add_mutually_exclusive_group()
+    instead.add_argument(
+        "--kept-only",
+        action="store_true",
+        help="no answers, and no target: which method keeps the text that answers",
+    )
+    instead.add_argument(
         "--attention",
         action="store_true",
         help="no answers: how well the draft's scores predict the target's attention, layer by "
@@ -158,10 +172,11 @@ def evaluate(arguments: argparse.Namespace) -> None:
         print("tasks:", *TASKS, sep="\n  ")
         print("suites:", "python", "real", *SETS, sep="\n  ")
         return
-    known = arguments.target.startswith(BUILTIN)
+    reader = arguments.draft if arguments.kept_only else arguments.target
+    known = reader.startswith(BUILTIN)
     system = arguments.system or (DEFAULT_SYSTEM if known else INSTRUCTIONS)
     grid = Grid(
-        methods=tuple(arguments.methods),
+        methods=tuple(arguments.methods or _METHODS[arguments.kept_only]),
         budgets=tuple(arguments.budget),
         lengths=tuple(arguments.length),
         tasks=_tasks(arguments.tasks, () if arguments.suite else tuple(TASKS)),
@@ -173,13 +188,17 @@ def evaluate(arguments: argparse.Namespace) -> None:
         system=system,
         reference=arguments.reference,
         suite=_suite(arguments) if arguments.suite else None,
+        kept_only=arguments.kept_only,
     )
     options: dict[str, Any] = {
         "device": arguments.device,
         "progress": progress(arguments),
     }
+    target = None
+    if not arguments.kept_only:
+        target = load_model(arguments.target, quantization=quantization(arguments), **options)
     bench = Bench(
-        load_model(arguments.target, quantization=quantization(arguments), **options),
+        target,
         load_model(arguments.draft, quantization=arguments.draft_quantization, **options),
         max_new_tokens=arguments.max_new_tokens,
         embedder=arguments.embedder,
