@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, PlainSerializer, model_validator
 
@@ -31,26 +31,28 @@ SEMANTIC_WEIGHT = 0.5
 _SMALL = ("token", "word")  # units that no second opinion is asked about
 
 
-def _embeds(value: Any) -> Any:
-    """The value, if it can be an embedder."""
+def can_embed(value: Any) -> Any:
+    """The value, if it is None or can be an embedder.
+
+    Raises:
+        ConfigError: It cannot.
+    """
     if isinstance(value, str) and (not value or value.startswith("<")):
-        raise ValueError(
+        raise ConfigError(
             f"embedder={value!r} is no name of a model, but how another embedder was written out: "
             "give the object itself."
         )
     pair = [callable(getattr(value, name, None)) for name in ("embed_documents", "embed_query")]
     if value is None or isinstance(value, str | Path) or callable(value) or all(pair):
         return value
-    raise ValueError(
+    raise ConfigError(
         f"embedder={named(value)} cannot embed: give a function from texts to vectors, an object "
         "with embed_documents and embed_query, or a folder in sentence-transformers' form."
     )
 
 
-AnyEmbedder = Annotated[
-    Any | None, AfterValidator(_embeds), PlainSerializer(named, when_used="json")
-]
-"""What can be an embedder; an object of the caller's is written to JSON by its name."""
+AnyEmbedder = Annotated[Any | None, AfterValidator(can_embed), PlainSerializer(named)]
+"""What can be an embedder; an object of the caller's is written out by its name."""
 
 
 def _one_budget(values: object, default: int) -> object:
@@ -184,11 +186,11 @@ class SpecPC(Options):
         """Of everything but the embedder, which may have no hash."""
         return hash((type(self), *(value for name, value in self if name != "embedder")))
 
-    def __deepcopy__(self, memo: dict[int, Any] | None = None) -> SpecPC:
+    def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Self:
         """A copy with the same embedder: nothing else in it can change."""
         return self.__copy__()
 
-    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> SpecPC:
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
         """pydantic's; a deep copy has the same embedder too."""
         return super().model_copy(update=update)
 

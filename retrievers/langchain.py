@@ -6,16 +6,17 @@ import asyncio
 from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from inspect import Parameter, signature
-from typing import Annotated, Any, Unpack
+from typing import Annotated, Any, ClassVar, Unpack
 
 from pydantic import ConfigDict, Field
 
+from ..core.config import SpecPC
 from ..core.types import CompressedContext, Passage
 from .bm25 import Bm25Index, Bm25Options
 from .extras import require
 from .options import DraftOptions, SieveOptions
 from .provenance import KEY
-from .sieved import Mode, Order, fused, picked, reading
+from .sieved import RETRIEVAL_METHOD, Mode, Order, fused, picked, reading
 
 require("langchain_core", "langchain", "draftsieve.retrievers.langchain")
 
@@ -144,6 +145,7 @@ class SievedRetriever(SieveOptions, _Around):
     """
 
     model_config = _STRICT
+    default: ClassVar[SpecPC] = RETRIEVAL_METHOD
 
     n: Count = 4
     mode: Mode = "sieve"

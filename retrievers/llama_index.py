@@ -7,14 +7,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from copy import copy, deepcopy
 from typing import Any, Unpack
 
-from ..core.config import SpecPC
+from ..core.config import AnyEmbedder, SpecPC
 from ..core.errors import ConfigError
 from ..core.types import CompressedContext, Passage
 from .bm25 import Bm25Index, Bm25Options
+from .embedders import as_embedder, settled
 from .extras import require
 from .options import DraftArguments, DraftOptions
 from .provenance import KEY
-from .sieved import Mode, Order, fused, picked, reading
+from .sieved import RETRIEVAL_METHOD, Mode, Order, fused, picked, reading
 
 require("llama_index.core", "llama-index", "draftsieve.retrievers.llama_index")
 
@@ -123,6 +124,8 @@ class SievedRetriever(BaseRetriever):
         mode: "sieve" keeps the best nodes and, inside them, the best spans; "rerank" keeps the
             best nodes whole, the best first.
         order: "original" (as fetched) or "score"; None for the mode's own.
+        embedder: What the method's `semantic_weight` asks, such as a `BaseEmbedding`; see
+            `SieveOptions`.
         callback_manager: LlamaIndex's.
         options: See `DraftOptions`.
 
@@ -139,13 +142,15 @@ class SievedRetriever(BaseRetriever):
         method: SpecPC | None = None,
         mode: Mode = "sieve",
         order: Order | None = None,
+        embedder: AnyEmbedder = None,
         callback_manager: CallbackManager | None = None,
         **options: Unpack[DraftArguments],
     ) -> None:
         super().__init__(callback_manager=callback_manager)
         _check(k=k, n=n)
         self.retriever, self.k, self.n = _fetching(retriever, k * n), k, n
-        self.method, self.mode, self.order = method, mode, order
+        self.method = settled(method, as_embedder(embedder), RETRIEVAL_METHOD)
+        self.mode, self.order = mode, order
         self.options = DraftOptions(**options)
 
     def _retrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:

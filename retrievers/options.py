@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, TypedDict
+from typing import Any, ClassVar, TypedDict
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat
 
 from ..core.compressor import Compressor
-from ..core.config import OnError, SpecPC
+from ..core.config import DEFAULT_METHOD, AnyEmbedder, OnError, SpecPC
 from ..core.models.loading import AnyQuantization
 from ..core.models.shared import shared_model
 from ..core.options import told_as_config_errors
 from ..core.prompt.messages import DEFAULT_SYSTEM
+from .embedders import as_embedder, settled
 
 
 class Asking(TypedDict):
@@ -111,9 +112,22 @@ class SieveOptions(DraftOptions):
             texts of a request together, a `capacity` is for the whole prompt, question and
             template included. None means `DEFAULT_METHOD`, as in the core: whole sentences that
             hold 0.35 of the tokens. `SpecPC()` has the paper's settings.
+        embedder: What the method's `semantic_weight` asks: a LangChain `Embeddings`, a LlamaIndex
+            `BaseEmbedding`, a function from texts to vectors, or a model's folder or hub id. Where
+            `method` is None it counts a half.
+
+    Raises:
+        ConfigError: The method never asks the embedder.
     """
 
+    default: ClassVar[SpecPC] = DEFAULT_METHOD
     method: SpecPC | None = None
+    embedder: AnyEmbedder = Field(default=None, repr=False)
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.embedder = as_embedder(self.embedder)
+        self.method = settled(self.method, self.embedder, self.default)
 
 
 class DraftArguments(TypedDict, total=False):

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from ...core.config import Generation, Method, OnError
+from ...core.config import AnyEmbedder, Generation, Method, OnError
 from ...core.engine import Engine
 from ...core.errors import ModelError
 from ...core.grammar import Grammar
@@ -15,6 +15,7 @@ from ...core.models.loading import AnyQuantization, load_model
 from ...core.models.shared import LoadOptions, shared_model
 from ...core.options import Options, told_as_config_errors
 from ...core.speckv.scorers import needs_draft
+from ...retrievers.embedders import as_embedder, settled, with_embedder
 
 _NAMES = {"max_tokens": "max_new_tokens"}  # the frameworks' name -> ours
 _DECODING = (
@@ -51,6 +52,9 @@ class EngineOptions(BaseModel):
         method: How documents (SpecPC) or the cache of the whole prompt (SpecKV) are compressed;
             None leaves them whole, as in `Engine.answer`. A SpecPC `ratio` is a share of the
             documents' draft tokens together, a SpecKV one a share of the documents' entries.
+        embedder: What a SpecPC's `semantic_weight` asks, also that of a call: a LangChain
+            `Embeddings`, a LlamaIndex `BaseEmbedding`, a function from texts to vectors, or a
+            model's folder or hub id.
         timeout: Seconds after which a request fails with `RequestTimeoutError`; None for no limit.
         on_error: "original" answers from whole documents when their compression fails and logs a
             warning; "raise" raises.
@@ -92,6 +96,7 @@ class EngineOptions(BaseModel):
     draft: str | None = None
     engine: Engine | None = Field(default=None, exclude=True, repr=False)
     method: Method | None = None
+    embedder: AnyEmbedder = Field(default=None, repr=False)
     timeout: float | None = None
     on_error: OnError = "original"
     max_tokens: int = 256
@@ -120,7 +125,9 @@ class EngineOptions(BaseModel):
     def __init__(self, **options: Any) -> None:
         with told_as_config_errors(type(self)):
             super().__init__(**options)
+        self.embedder = as_embedder(self.embedder)
         self.call_options({})  # invalid options fail here, before anything is loaded
+        self.method = settled(self.method, self.embedder)
         if self.engine is not None:
             reader = self.engine.compressor
             self.draft = None if reader is None else reader.model.name_or_path
@@ -200,7 +207,7 @@ class EngineOptions(BaseModel):
             decoding["grammar"] = grammar
         named = {_NAMES.get(name, name): value for name, value in decoding.items()}
         return CallOptions(
-            method=options.get("method", self.method),
+            method=with_embedder(options.get("method", self.method), self.embedder),
             generation=Generation(**named),
             on_error=options.get("on_error", self.on_error),
         )

@@ -12,11 +12,12 @@ from langchain_core.utils.function_calling import convert_to_openai_tool
 from pydantic import TypeAdapter
 
 from ...core.compressor import Compressor
-from ...core.config import NEWEST_PRESET, OnError, SpecPC
+from ...core.config import NEWEST_PRESET, AnyEmbedder, OnError, SpecPC
 from ...core.conversation.compressor import TurnCompressor
 from ...core.conversation.turns import Keep, Turn
 from ...core.models.loading import AnyQuantization
 from ...core.prompt.messages import DEFAULT_SYSTEM
+from ...retrievers.embedders import as_embedder, settled
 from ...retrievers.extras import require
 from ...retrievers.options import DraftOptions
 from .turns import RECALL, Piece, key_of, message_pieces, shortened, texts
@@ -57,6 +58,8 @@ class DraftCompressionMiddleware(AgentMiddleware[AgentState[Any], Any, Any]):
         method: How texts are read and cut. `capacity` is the most draft tokens of a request; a
             model whose profile states less has less. A ratio is refused. None keeps whole
             sentences within 4096 tokens.
+        embedder: What the method's `semantic_weight` asks, such as a LangChain `Embeddings`; see
+            `SieveOptions`.
         timeout: Seconds after which shortening a request fails; None for no limit.
         on_error: "original" logs a warning and goes on: where what must stay exceeds the capacity,
             with the other texts at a tenth; where shortening fails, with the originals if they
@@ -95,6 +98,7 @@ class DraftCompressionMiddleware(AgentMiddleware[AgentState[Any], Any, Any]):
         *,
         compressor: Compressor | None = None,
         method: SpecPC | None = None,
+        embedder: AnyEmbedder = None,
         timeout: float | None = None,
         on_error: OnError = "original",
         keep: int = 2,
@@ -133,9 +137,10 @@ class DraftCompressionMiddleware(AgentMiddleware[AgentState[Any], Any, Any]):
             progress=progress,
         )
         self.compressor, self.timeout, self.on_error = draft.loaded, timeout, draft.on_error
+        usual = SpecPC.preset(NEWEST_PRESET, capacity=4096)
         self.turns = TurnCompressor(
             self.compressor,
-            method or SpecPC.preset(NEWEST_PRESET, capacity=4096),
+            settled(method, as_embedder(embedder), usual) or usual,
             fill=fill,
             min_tokens=min_tokens,
             stable_prefix=stable_prefix,
