@@ -245,6 +245,10 @@ class SpecKV(Options):
         reduction: How rows and the heads of a group are merged, "max" or "mean".
         lookahead_tokens: Tokens the draft guesses; None means the generation's `max_new_tokens`, at
             most 256 (`Engine.trace` takes its own `max_new_tokens` as it is).
+        lookahead_sentences: Sentences of the passages, those with the most words in common with the
+            question (BM25), that the target reads once more behind the guess, whose rows they ask
+            like: they help where the guess misses the answer. 0 for the guess alone, as in the
+            paper. Used with passages, by "speckv", "snapkv", "laq" and "oracle".
         scorer: "speckv"; or a baseline that needs no draft: "snapkv", "laq", "tova", "h2o",
             "streaming", "key_norm", "random", "kvzip" (what the target needs to repeat the
             passages; the same for every question, for two more passes over them), and "oracle" (the
@@ -275,6 +279,7 @@ class SpecKV(Options):
     pool: Pool | None = "max"
     reduction: Pool = "max"
     lookahead_tokens: PositiveInt | None = None
+    lookahead_sentences: Annotated[int, Field(ge=0, strict=True)] = 0
     scorer: Scorer = "speckv"
     seed: Annotated[int, Field(ge=0)] = 0
     prefill_vertical_size: PositiveInt | None = None

@@ -99,11 +99,10 @@ def test_an_engine_and_a_session_answer_with_it() -> None:
     assert whole.text == plain.text
 
 
-def test_a_window_without_room_for_a_repetition_is_refused() -> None:
+def test_a_window_without_room_for_a_repetition_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = tiny_engine()
-    engine.target.config.max_position_embeddings = 70
-    try:
-        with pytest.raises(ModelError, match='scorer="kvzip" lets the target repeat a context'):
-            engine.answer(QUESTION, TEXTS, method=METHOD, generation=Generation(max_new_tokens=2))
-    finally:
-        engine.target.config.max_position_embeddings = 4096
+    config = engine.target.config
+    tokens = engine.answer(QUESTION, TEXTS, generation=Generation(max_new_tokens=1)).usage
+    monkeypatch.setattr(config, "max_position_embeddings", tokens.prompt_tokens + 9)
+    with pytest.raises(ModelError, match='scorer="kvzip" lets the target repeat a context'):
+        engine.answer(QUESTION, TEXTS, method=METHOD, generation=Generation(max_new_tokens=2))

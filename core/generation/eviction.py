@@ -21,8 +21,10 @@ from ..speckv.evict import evict, token_capacity
 from ..speckv.lookahead import NOTHING, own_lookahead
 from ..speckv.scorers import SCORERS, kvzip, needs_draft
 from .pair import Pair
+from .related import related_sentences
 
 logger = logging.getLogger(__name__)
+MAX_SENTENCE = 96  # tokens of a sentence that is read behind the guess, on average
 MAX_LOOKAHEAD = 256  # tokens that the draft guesses at most unless the method says otherwise
 
 
@@ -60,7 +62,7 @@ def plan_evictions(
         return
     for request, guess in zip(planned, guesses, strict=True):
         assert request.eviction is not None  # chosen above
-        room = (pair.context_window or len(request.tokens) + len(guess)) - len(request.tokens)
+        room = _room(pair, request, len(guess))
         text = str(pair.tokenizer.decode(guess.tolist(), skip_special_tokens=True))
         request.eviction = replace(request.eviction, lookahead=guess[:room], text=text)
         request.clock.add(clock.seconds)
@@ -72,7 +74,7 @@ def start_evictions(pair: Pair, requests: Sequence[Request]) -> Start:
     asked = (
         pair.target,
         [request.ids for request in requests],
-        [NOTHING if plan is None else _behind(pair, plan) for plan in plans],
+        [NOTHING if r.eviction is None else _behind(pair, r, r.eviction) for r in requests],
         next(plan.method for plan in plans if plan is not None),
         [len(r.tokens) if r.eviction is None else r.eviction.capacity for r in requests],
         [request.protected for request in requests],
@@ -84,11 +86,23 @@ def start_evictions(pair: Pair, requests: Sequence[Request]) -> Start:
     return start
 
 
-def _behind(pair: Pair, plan: EvictionPlan) -> torch.Tensor:
+def _behind(pair: Pair, request: Request, plan: EvictionPlan) -> torch.Tensor:
     """(tokens,) int64 that the target reads behind the prompt, or prepares with."""
-    if SCORERS[plan.method.scorer].lookahead == "request":
+    scorer, sentences = SCORERS[plan.method.scorer], plan.method.lookahead_sentences
+    if scorer.lookahead == "request":
         return torch.tensor(pair.encoder.encode_text(kvzip.REQUEST), dtype=torch.int64)
-    return plan.lookahead
+    if not sentences or not scorer.asks:
+        return plan.lookahead
+    text = related_sentences(request.shorter, sentences)
+    more = pair.encoder.encode_text(text)[: MAX_SENTENCE * sentences]
+    both = torch.cat([plan.lookahead, torch.tensor(more, dtype=torch.int64)])
+    return both[: _room(pair, request, len(both))]
+
+
+def _room(pair: Pair, request: Request, wanted: int) -> int:
+    """Tokens that the target's window holds behind a prompt."""
+    window = pair.context_window
+    return wanted if window is None else window - len(request.tokens)
 
 
 def new_guesses(

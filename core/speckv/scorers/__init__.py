@@ -36,6 +36,11 @@ class KVScorer:
     pooled: bool = True  # whether `SpecKV.pool` applies
     prepare: Prepare | None = None
 
+    @property
+    def asks(self) -> bool:
+        """Whether what is read behind the prompt scores its entries."""
+        return self.score is attention.score
+
 
 SCORERS: Mapping[str, KVScorer] = {
     "speckv": KVScorer(attention.score, "draft"),
