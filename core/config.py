@@ -26,6 +26,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
     "2026-11": {"unit": "sentence", "lookahead_tokens": 16, "lexical_weight": 0.25}
 }
 NEWEST_PRESET = "2026-11"
+_CACHE_PRESETS: dict[str, dict[str, Any]] = {"2026-12": {"lookahead_sentences": 1}}
 SEMANTIC_WEIGHT = 0.5
 """What an embedder counts that is given without a weight, beside a preset that has none."""
 _SMALL = ("token", "word")  # units that no second opinion is asked about
@@ -309,6 +310,25 @@ class SpecKV(Options):
                 f"{sizes[0]} and {sizes[1]}: give both, or none to read dense."
             )
         return self
+
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> SpecKV:
+        """A dated combination for prompts with passages, beside the paper's settings.
+
+        Args:
+            name: "2026-12": behind the guess the target reads the sentence of the passages that has
+                most words in common with the question. Chosen on real questions and confirmed on
+                others (docs/results.md).
+            changes: Options that differ from the preset, such as `ratio=0.125`.
+
+        Raises:
+            ConfigError: There is no such preset, or an option is invalid.
+        """
+        if name not in _CACHE_PRESETS:
+            raise ConfigError(
+                f"There is no preset {name!r} of SpecKV; there are: {sorted(_CACHE_PRESETS)}."
+            )
+        return cls(**{**_CACHE_PRESETS[name], **changes})
 
     @property
     def uneven(self) -> bool:

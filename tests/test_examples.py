@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Callable
+from pathlib import Path
 from runpy import run_path
 
 import pytest
@@ -74,6 +75,17 @@ def test_figures_of_safety_are_printed(small: Benchmark) -> None:
     assert "a word of 3,000 characters" in said
     assert "0 passages with wrong spans" in said
     assert "8 hostile passages: 0 control tokens, 0 crashes, 0 passages" in said
+
+
+def test_divergences_of_evicted_caches_are_printed(small: Benchmark, tmp_path: Path) -> None:
+    pair = ["--target", "builtin:target", "--draft", "builtin:draft", "--draft-as-it-is"]
+    size = ["--suite", "python", "--items", "1", "--length", "150", "--max-new-tokens", "3"]
+    said = small("cache_divergence", *pair, *size, "--budget", "0.5", "--out", str(tmp_path))
+    assert "times snapkv" in said
+    for name in ("speckv", "speckv, bundled draft", "speckv-2026-12", "kvzip", "oracle"):
+        assert f"| {name} | 0.5 |" in said
+    again = small("cache_divergence", *pair, *size, "--budget", "0.5", "--out", str(tmp_path))
+    assert again == said
 
 
 def test_figures_of_the_event_loop_are_printed(small: Benchmark) -> None:

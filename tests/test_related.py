@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from draftsieve import Engine, Generation, Passage, Prompt, SpecKV, SpecKVPC, SpecPC
+from draftsieve.core.errors import ConfigError
 from draftsieve.core.generation import eviction
 from draftsieve.core.generation.related import related_sentences
 from draftsieve.core.speckv.evict import Eviction, evict
@@ -101,3 +102,12 @@ def test_what_is_read_behind_ends_with_the_targets_window(
     narrow.answer(QUESTION, [Passage(text=t) for t in TEXTS], method=method, generation=SHORT)
     assert len(read[0][0]) > 9
     assert len(read[1][0]) == 9
+
+
+def test_the_preset_is_an_option_like_others() -> None:
+    assert SpecKV.preset("2026-12", ratio=0.3) == SpecKV(ratio=0.3, lookahead_sentences=1)
+    assert SpecKV().lookahead_sentences == 0  # the paper's settings
+    with pytest.raises(
+        ConfigError, match=r"no preset '2020-01' of SpecKV; there are: \['2026-12'\]"
+    ):
+        SpecKV.preset("2020-01")

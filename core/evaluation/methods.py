@@ -288,6 +288,7 @@ def _listed() -> tuple[EvalMethod, ...]:
     return (
         EvalMethod("none", "none", partial(_on_cache, None), keep=partial(_kept, _whole)),
         *on_cache,
+        _by_speckv("speckv-2026-12", SpecKV.preset("2026-12")),
         EvalMethod("speckv-pc", "both", _both),
         _by_specpc("specpc", SpecPC()),
         _by_specpc("specpc-keep", SpecPC(positions="keep")),
@@ -333,7 +334,11 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
     "cache": tuple(name for name, method in METHODS.items() if method.kind == "cache"),
     "all": tuple(METHODS),
     "improvements": ("specpc", "specpc-keep", *(OPTIONS + change for change in _CHANGES)),
-    "kv": ("none", *(name for name in get_args(CacheScorer) if name not in ("h2o", "key_norm"))),
+    "kv": (
+        "none",
+        "speckv-2026-12",
+        *(name for name in get_args(CacheScorer) if name not in ("h2o", "key_norm")),
+    ),
     "table": ("none", "speckv", "speckv-pc", "snapkv", "laq", "streaming", "random", "oracle"),
 }
 
