@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,19 @@ from typing import Any
 import pytest
 
 from draftsieve.core.errors import ConfigError, PromptError
+from draftsieve.core.evaluation import scorers
+from draftsieve.core.evaluation.baselines import ranked_passages, ranked_sentences
 from draftsieve.core.evaluation.kept_summary import kept_markdown
-from draftsieve.core.evaluation.methods import METHODS, EvalMethod
+from draftsieve.core.evaluation.methods import METHODS, EvalMethod, find_methods
+from draftsieve.core.evaluation.puzzles import NOT_FOUND
+from draftsieve.core.evaluation.realtext.rankings import fused
 from draftsieve.core.evaluation.records import Record
 from draftsieve.core.evaluation.runner import Grid, measure, run
 from draftsieve.core.evaluation.shared import Bench, Case
-from draftsieve.core.evaluation.tasks import make_item
+from draftsieve.core.evaluation.tasks import EvalItem, Turn, make_item
+from draftsieve.core.evaluation.text_only import EMBEDDED
 from draftsieve.core.models.loading import LoadedModel
+from draftsieve.core.specpc.bm25 import bm25
 from draftsieve.integrations import cli
 
 from .adapters_fixtures import tiny_model, tiny_tokenizer
@@ -136,3 +143,74 @@ def test_the_command_loads_no_target(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert set(described["weights"]) == {"draft"}
     assert described["kept_only"] is True
     assert not list(out.glob("*.png"))
+
+
+def letters(question: str, texts: Sequence[str]) -> list[float]:
+    """How many letters of the question a text has."""
+    return [float(sum(text.count(letter) for letter in question)) for text in texts]
+
+
+def test_an_encoder_ranks_sentences_alone_with_neighbours_fused_and_passages(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[tuple[str, int]] = []
+
+    def score(question: str, texts: Sequence[str]) -> list[float]:
+        asked.append((question, len(texts)))
+        return letters(question, texts)
+
+    monkeypatch.setattr(scorers, "embedding", lambda name: score)
+    bench = Bench(None, draft())
+    item = make_item("many-keys", 400, 0, bench.draft.count_tokens)
+    item = replace(item, turns=(Turn("user", "Where?"), Turn("assistant", "There.")))
+    found = find_methods([f"{name}:any" for name in EMBEDDED])
+    pairs = [(method, budget) for method in found for budget in (HALF, 0.25)]
+    records = list(measure(bench, item, pairs, kept_only=True))
+    assert all(record.error is None for record in records)
+    kept = {
+        method.name: method.keep(bench.open(item), HALF).kept for method in found if method.keep
+    }
+    count, budget = bench.draft.count_tokens, bench.open(item).budget(HALF)
+    texts = item.passages
+    assert kept["embedding:any"] == ranked_sentences(item.question, texts, budget, count, letters)
+    assert kept["embedding-neighbors:any"] == ranked_sentences(
+        item.question, texts, budget, count, letters, neighbours=1
+    )
+    assert kept["embedding-passages:any"] == ranked_passages(
+        item.question, texts, budget, count, letters
+    )
+    assert kept["fusion:any"] == ranked_sentences(
+        item.question, texts, budget, count, fused(bm25, letters)
+    )
+    whole = f"Where?\n{item.question}"
+    assert kept["embedding-turns:any"] == ranked_sentences(whole, texts, budget, count, letters)
+    assert len({json.dumps(own) for own in kept.values()}) > 2
+    # once an item and method for both budgets, then once more for what is compared here
+    assert len(asked) == 2 * len(EMBEDDED)
+
+
+def test_free_answers_are_reported_by_their_words() -> None:
+    item = EvalItem(
+        "i",
+        "mtrag/x",
+        100,
+        "When does it sail?",
+        ("The ferry sails at dawn. The crew sleeps on board.", "The harbour is deep."),
+        ("At dawn, the crew asleep on board.",),
+        "any",
+        (),
+        None,
+        kind="answerable, follow-up",
+    )
+    refused = replace(item, id="j", answers=(NOT_FOUND,), kind="unanswerable, alone")
+    bench = Bench(None, draft())
+    pairs = [(METHODS["none"], 1.0), (METHODS["head"], 0.25), (METHODS["head"], 1.0)]
+    found = [r for each in (item, refused) for r in measure(bench, each, pairs, kept_only=True)]
+    assert [record.words_kept for record in found[:3]][::2] == [1.0, 1.0]
+    assert 0 < (found[1].words_kept or 0) < 1
+    assert {record.words_kept for record in found[3:]} == {None}
+    report = kept_markdown(found, reference="none", title="t")
+    assert "answer's words kept" in report
+    assert "answer kept" not in report
+    assert "'answerable, follow-up', 1 items" in report
+    assert "'unanswerable, alone'" not in report  # nothing had to be kept

@@ -29,11 +29,28 @@ def kept_tokens(texts: Sequence[str], kept: Kept, count: Counter, gap: str = GAP
 
 
 def ranked_sentences(
-    question: str, texts: Sequence[str], budget: int, count: Counter, score: Scorer
+    question: str,
+    texts: Sequence[str],
+    budget: int,
+    count: Counter,
+    score: Scorer,
+    *,
+    neighbours: int = 0,
 ) -> Kept:
-    """Sentences by falling score while they fit; one that does not fit is passed over."""
+    """Sentences by falling score while they fit; one that does not fit is passed over.
+
+    Args:
+        question: What is asked.
+        texts: What sentences are taken of.
+        budget: Most tokens that stay.
+        count: Token counter.
+        score: Scores sentences by the question.
+        neighbours: Sentences of the same text before and after one that are scored together with
+            it, and not taken with it.
+    """
     places = _sentences(texts)
-    scores = score(question, [texts[i][start:end] for i, start, end in places])
+    shown = _widened(places, neighbours)
+    scores = score(question, [texts[i][start:end] for i, start, end in shown])
     return _take(texts, _by_score(places, scores), budget, count)
 
 
@@ -114,6 +131,16 @@ def _longest_prefix(text: str, budget: int, count: Counter) -> int:
 def _sentences(texts: Sequence[str]) -> list[tuple[int, int, int]]:
     """(text, start, end) of every sentence."""
     return [(index, *span) for index, text in enumerate(texts) for span in sentence_spans(text)]
+
+
+def _widened(places: Sequence[tuple[int, int, int]], neighbours: int) -> list[tuple[int, int, int]]:
+    """Each sentence from its first neighbour's start to its last one's end."""
+    found = []
+    for here, (index, _, _) in enumerate(places):
+        around = places[max(0, here - neighbours) : here + neighbours + 1]
+        own = [place for place in around if place[0] == index]
+        found.append((index, own[0][1], own[-1][2]))
+    return found
 
 
 def _by_score(

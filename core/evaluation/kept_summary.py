@@ -9,11 +9,11 @@ from .tables import (
     budget_name,
     cells,
     described,
-    difference,
+    filled,
     interval,
     mean_of,
+    points_difference,
     reference_at,
-    table,
 )
 
 
@@ -41,32 +41,31 @@ def kept_markdown(records: Sequence[Record], *, reference: str, title: str) -> s
 
 
 def kept_table(records: Sequence[Record], reference: str) -> str:
-    """Share of items whose answer is kept, with intervals and differences at equal budget."""
-    head = (
-        "method",
-        "budget",
-        "tokens left",
-        "answer kept",
-        f"minus {reference}",
-        "sentence kept",
-        "draft s",
-    )
+    """What is kept of the answers, with intervals and differences at equal budget.
+
+    "answer kept" is the share of items whose marked answer is kept; "answer's words kept" that of
+    `answer_words.py`, for references in free text.
+    """
+    less = f"minus {reference}"
+    head = ["method", "budget", "tokens left", "answer kept", less, "sentence kept"]
+    head += ["answer's words kept", less, "draft s"]
     rows = []
     for (method, budget), own in cells(records):
-        base = reference_at(records, reference, budget)
-        alive, known = ([r for r in side if _asked(r)] for side in (own, base))
+        base = [] if method == reference else reference_at(records, reference, budget)
         rows.append(
             (
                 method,
                 budget_name(budget),
                 mean_of(own, lambda r: r.prompt_tokens),
-                interval([bool(r.survived) for r in alive]),
-                "" if method == reference else difference(alive, known, lambda r: bool(r.survived)),
-                interval([bool(r.sentences_survived) for r in alive]),
+                interval([r.survived for r in own if r.survived is not None]),
+                points_difference(own, base, lambda r: r.survived),
+                interval([r.sentences_survived for r in own if r.sentences_survived is not None]),
+                interval([r.words_kept for r in own if r.words_kept is not None]),
+                points_difference(own, base, lambda r: r.words_kept),
                 mean_of(own, lambda r: r.draft_seconds, 2),
             )
         )
-    return table(head, rows)
+    return filled(head, rows)
 
 
 def _by_kind(records: Sequence[Record], reference: str) -> list[str]:
@@ -74,11 +73,8 @@ def _by_kind(records: Sequence[Record], reference: str) -> list[str]:
     parts: list[str] = []
     for kind in kinds if len(kinds) > 1 else ():
         own = [record for record in records if record.kind == kind]
+        if all(record.survived is None and record.words_kept is None for record in own):
+            continue  # nothing had to be kept
         items = len({record.item for record in own})
         parts += [f"Of kind {kind or 'other'!r}, {items} items:", kept_table(own, reference)]
     return parts
-
-
-def _asked(record: Record) -> bool:
-    """Whether something had to be kept; a refused run kept nothing."""
-    return record.survived is not None

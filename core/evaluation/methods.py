@@ -23,23 +23,23 @@ from ..specpc.bm25 import bm25
 from ..specpc.head_weights import head_weights
 from ..types import Answer
 from . import scorers, specprefill, surprise
-from .baselines import (
-    Kept,
-    kept_text,
-    random_sentences,
-    ranked_passages,
-    ranked_sentences,
-    truncation_head,
-    truncation_middle,
-    truncation_tail,
-)
+from .baselines import Kept, truncation_head, truncation_middle, truncation_tail
 from .likelihood import AnswerReading
 from .shared import Bench, Case
-from .squad import Scorer
 from .survival import kept_spans
+from .text_only import (
+    EMBEDDED,
+    SEED,
+    Shorten,
+    Shortened,
+    at_random,
+    joined,
+    passages,
+    sentences,
+    truncated,
+    whole,
+)
 
-SEED = 2026  # of random baselines
-EMBEDDING = "embedding:"  # names a model
 OPTIONS, CACHE_OPTIONS = "specpc:", "speckv:"  # name options of SpecPC, of SpecKV
 _NEEDS_ALL_QUERIES = {"h2o"}  # cannot go on from a shared prefill
 
@@ -129,10 +129,6 @@ def _both(case: Case, share: float) -> Run:
     )
 
 
-Shortened = tuple[Kept, Sequence[str]]  # kept characters, and the texts that the target reads
-Shorten = Callable[[Case, float], Shortened]
-
-
 def _timed(shorten: Shorten, case: Case, share: float) -> tuple[Kept, Sequence[str], float]:
     """What stays, and the seconds that it takes a method that shares nothing."""
     case.once.saved = 0.0
@@ -191,7 +187,7 @@ def _specprefill(case: Case, share: float) -> Shortened:
     model = case.bench.draft.model
     scores = case.once("specprefill", lambda: specprefill.read(model, case.tokens.ids))
     kept = specprefill.keep_chunks(case.tokens, scores, case.budget(share))
-    return _joined(case, specprefill.kept_characters(case.tokens, kept, len(case.item.passages)))
+    return joined(case, specprefill.kept_characters(case.tokens, kept, len(case.item.passages)))
 
 
 def _surprise(case: Case, share: float) -> Shortened:
@@ -208,41 +204,6 @@ def _contrast(case: Case, share: float) -> Shortened:
     )
     budget = case.budget(share)
     return surprise.keep_highest(case.item.passages, tokens, scores, budget, draft.count_tokens)
-
-
-def _sentences(score: Scorer, case: Case, share: float) -> Shortened:
-    texts, count = case.item.passages, case.bench.draft.count_tokens
-    kept = ranked_sentences(case.item.question, texts, case.budget(share), count, score)
-    return _joined(case, kept)
-
-
-def _passages(score: Scorer, case: Case, share: float) -> Shortened:
-    texts, count = case.item.passages, case.bench.draft.count_tokens
-    kept = ranked_passages(case.item.question, texts, case.budget(share), count, score)
-    return _joined(case, kept)
-
-
-def _random(case: Case, share: float) -> Shortened:
-    texts, count = case.item.passages, case.bench.draft.count_tokens
-    return _joined(
-        case, random_sentences(texts, case.budget(share), count, f"{SEED}:{case.item.id}")
-    )
-
-
-def _truncated(cut: Callable[..., Kept], case: Case, share: float) -> Shortened:
-    count = case.bench.draft.count_tokens
-    return _joined(case, cut(case.item.passages, case.budget(share), count))
-
-
-def _whole(case: Case, _: float) -> Shortened:
-    return tuple(((0, len(text)),) for text in case.item.passages), case.item.passages
-
-
-def _joined(case: Case, kept: Kept) -> Shortened:
-    """Kept characters as texts, with a gap mark where something is missing."""
-    return kept, [
-        kept_text(text, spans) for text, spans in zip(case.item.passages, kept, strict=True)
-    ]
 
 
 # ---------------------------------------------------------------- names
@@ -286,7 +247,7 @@ def _listed() -> tuple[EvalMethod, ...]:
 
     on_cache = [_by_speckv(name, SpecKV(scorer=name, seed=SEED)) for name in get_args(CacheScorer)]
     return (
-        EvalMethod("none", "none", partial(_on_cache, None), keep=partial(_kept, _whole)),
+        EvalMethod("none", "none", partial(_on_cache, None), keep=partial(_kept, whole)),
         *on_cache,
         _by_speckv("speckv-2026-12", SpecKV.preset("2026-12")),
         EvalMethod("speckv-pc", "both", _both),
@@ -296,14 +257,15 @@ def _listed() -> tuple[EvalMethod, ...]:
         _placed("specprefill", _specprefill),
         _prompt("perplexity", _surprise),
         _prompt("contrastive-perplexity", _contrast),
-        _prompt("bm25-sentences", partial(_sentences, bm25)),
-        _prompt("bm25-passages", partial(_passages, bm25)),
-        _prompt("tfidf-sentences", partial(_sentences, scorers.tfidf), sklearn),
-        _prompt("lsa-sentences", partial(_sentences, scorers.lsa), sklearn),
-        _prompt("head", partial(_truncated, truncation_head)),
-        _prompt("tail", partial(_truncated, truncation_tail)),
-        _prompt("middle", partial(_truncated, truncation_middle)),
-        _prompt("random-sentences", _random),
+        _prompt("bm25-sentences", partial(sentences, bm25)),
+        _prompt("bm25-turns", partial(sentences, bm25, turns=True)),
+        _prompt("bm25-passages", partial(passages, bm25)),
+        _prompt("tfidf-sentences", partial(sentences, scorers.tfidf), sklearn),
+        _prompt("lsa-sentences", partial(sentences, scorers.lsa), sklearn),
+        _prompt("head", partial(truncated, truncation_head)),
+        _prompt("tail", partial(truncated, truncation_tail)),
+        _prompt("middle", partial(truncated, truncation_middle)),
+        _prompt("random-sentences", at_random),
     )
 
 
@@ -347,9 +309,9 @@ def find_methods(names: Sequence[str]) -> list[EvalMethod]:
     """Methods by name or group, each once and in the order asked for.
 
     Args:
-        names: Of `METHODS` and `GROUPS`, "embedding:MODEL" for sentences by an encoder model, or
-            "specpc:unit=sentence,reduction=mean" for SpecPC with these options, and likewise
-            "speckv:scorer=snapkv,reduction=mean" for SpecKV.
+        names: Of `METHODS` and `GROUPS`, "embedding:MODEL" for sentences by an encoder and others
+            of `EMBEDDED`, or "specpc:unit=sentence,reduction=mean" for SpecPC with these
+            options, and likewise "speckv:scorer=snapkv,reduction=mean" for SpecKV.
 
     Raises:
         ConfigError: There is no such method, or an option of SpecPC or SpecKV is invalid.
@@ -362,13 +324,10 @@ def find_methods(names: Sequence[str]) -> list[EvalMethod]:
 
 
 def _find(name: str) -> EvalMethod:
-    if name.startswith(EMBEDDING):
-        load = cache(partial(scorers.embedding, name.removeprefix(EMBEDDING)))
-
-        def shorten(case: Case, share: float) -> Shortened:
-            return _sentences(load(), case, share)
-
-        return _prompt(name, shorten, lambda _: load())
+    prefix, _, model = name.partition(":")
+    if prefix in EMBEDDED:
+        load = cache(lambda: EMBEDDED[prefix](scorers.embedding(model)))
+        return _prompt(name, lambda case, share: load()(case, share), lambda _: load())
     if name.startswith(OPTIONS):
         return _by_specpc(name, _options(SpecPC, OPTIONS, name))
     if name.startswith(CACHE_OPTIONS):
@@ -376,7 +335,7 @@ def _find(name: str) -> EvalMethod:
     if name not in METHODS:
         raise ConfigError(
             f"There is no method {name!r}; there are {sorted(METHODS)}, the groups "
-            f"{sorted(GROUPS)}, {EMBEDDING}MODEL for sentences by an encoder model, and "
+            f"{sorted(GROUPS)}, {', '.join(EMBEDDED)} with :MODEL for methods by an encoder, and "
             f"{OPTIONS}NAME=VALUE,... or {CACHE_OPTIONS}NAME=VALUE,... for options of SpecPC or "
             "SpecKV."
         )

@@ -12,6 +12,7 @@ from .tables import (
     cells,
     described,
     difference,
+    filled,
     interval,
     likelihood_difference,
     mean_of,
@@ -39,6 +40,8 @@ def real_sections(records: Sequence[Record], reference: str) -> list[str]:
         parts += _on_the_cache(own, reference)
         if len({record.kind for record in own}) > 1:
             parts += ["Answers contained, by kind of question:", kind_table(own)]
+            if any(record.survived is not None for record in own):
+                parts += ["Answers kept, by kind of question:", kind_table(own, kept=True)]
         for right, word in _SIDES.items():
             if side := [record for record in own if record.draft_correct is right]:
                 parts += [f"Items that the draft alone gets {word}:", real_table(side, reference)]
@@ -56,7 +59,8 @@ def real_table(records: Sequence[Record], reference: str) -> str:
     """What reaches the target, and what it makes of it; differences are to the reference.
 
     "answer kept" does not depend on the target; its difference is shown where the reference is a
-    method that keeps less than everything. The reference answer's log-likelihood and the
+    method that keeps less than everything. "answer's words kept" is for references in free text
+    (`answer_words.py`). The reference answer's log-likelihood and the
     divergence of what is expected at its tokens are in nats a token. "same answer" is the F1 of the
     reference method's own answer.
     """
@@ -66,6 +70,7 @@ def real_table(records: Sequence[Record], reference: str) -> str:
         "tokens read",
         "answer kept",
         f"kept minus {reference}",
+        "answer's words kept",
         f"log-likelihood minus {reference}",
         "KL to the full context",
         "answer contained",
@@ -90,6 +95,7 @@ def real_table(records: Sequence[Record], reference: str) -> str:
                 mean_of(own, lambda r: r.prompt_tokens),
                 interval([r.survived for r in alive if r.survived is not None]),
                 kept_minus,
+                interval([r.words_kept for r in own if r.words_kept is not None]),
                 likelihood_difference(own, base),
                 nats([r.divergence for r in own if r.divergence is not None]),
                 interval([r.recall for r in own]),
@@ -100,11 +106,11 @@ def real_table(records: Sequence[Record], reference: str) -> str:
                 mean_of(own, lambda r: r.target_seconds, 2),
             )
         )
-    return table(head, rows)
+    return filled(head, rows)
 
 
-def kind_table(records: Sequence[Record]) -> str:
-    """Share of answers that contain what was wanted; one column a kind of question."""
+def kind_table(records: Sequence[Record], *, kept: bool = False) -> str:
+    """Share of answers that contain what was wanted, or are kept; one column a kind of question."""
     kinds = list(dict.fromkeys(record.kind for record in records))
     counts = {kind: len({r.item for r in records if r.kind == kind}) for kind in kinds}
     head = ("method", "budget", *(f"{kind} ({counts[kind]})" for kind in kinds))
@@ -112,8 +118,14 @@ def kind_table(records: Sequence[Record]) -> str:
         (
             method,
             budget_name(budget),
-            *(share([r.recall for r in own if r.kind == kind]) for kind in kinds),
+            *(share(_values([r for r in own if r.kind == kind], kept)) for kind in kinds),
         )
         for (method, budget), own in cells(records)
     ]
     return table(head, rows)
+
+
+def _values(records: Sequence[Record], kept: bool) -> list[float]:
+    if kept:
+        return [record.survived for record in records if record.survived is not None]
+    return [record.recall for record in records]

@@ -23,7 +23,8 @@ class Record:
     where the prompt exceeds its window. `error` replaces the answer where a method refused.
     `log_likelihood` and `divergence` are those of `likelihood.py`, in nats a token; None where the
     reference answer was not read. `own_divergence` is the divergence at the tokens of the target's
-    own greedy answer to the whole prompt, known for methods on the cache.
+    own greedy answer to the whole prompt, known for methods on the cache. `words_kept` is that of
+    `answer_words.py`, known where a reference answer in free text marks nothing that must survive.
     """
 
     item: str
@@ -50,6 +51,7 @@ class Record:
     log_likelihood: float | None = None
     divergence: float | None = None
     own_divergence: float | None = None
+    words_kept: float | None = None
 
     @property
     def key(self) -> Key:

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from ..errors import ConfigError, DraftSieveError, OutOfMemoryError
 from ..prompt.messages import DEFAULT_SYSTEM
 from ..specpc.bm25 import bm25
+from .answer_words import words_kept
 from .kept_summary import kept_markdown
 from .likelihood import divergence
 from .methods import EvalMethod, Run, find_methods
@@ -291,6 +292,7 @@ def _record(
         log_likelihood=None if reading is None else reading.log_likelihood,
         divergence=None if reading is None or full is None else divergence(full, reading),
         own_divergence=done.own_divergence,
+        words_kept=None if done.kept is None else words_kept(item, done.kept),
     )
 
 

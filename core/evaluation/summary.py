@@ -11,6 +11,7 @@ from .tables import (
     cells,
     described,
     difference,
+    filled,
     interval,
     mean_of,
     reference_at,
@@ -74,8 +75,7 @@ def overview(records: Sequence[Record], reference: str) -> str:
             kept = [r.survived for r in here if not _generated(r)]
             row.append(interval([found for found in kept if found is not None]))
         rows.append(row)
-    shown = [place for place in range(len(head)) if any(row[place] for row in rows)]
-    return table([head[p] for p in shown], [[row[p] for p in shown] for row in rows])
+    return filled(head, rows)
 
 
 def accuracy_table(records: Sequence[Record], reference: str) -> str:

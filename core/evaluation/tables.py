@@ -18,6 +18,12 @@ def table(head: Row, rows: Iterable[Row]) -> str:
     return "\n".join([lines[0], "|" + "---|" * len(head), *lines[1:]])
 
 
+def filled(head: Row, rows: Sequence[Row]) -> str:
+    """A markdown table without the columns that are empty."""
+    shown = [place for place in range(len(head)) if any(row[place] for row in rows)]
+    return table([head[p] for p in shown], [[row[p] for p in shown] for row in rows])
+
+
 def interval(values: Sequence[float]) -> str:
     """Mean in percent with its 95 % bootstrap interval; empty where there is nothing."""
     if not values:
@@ -44,6 +50,17 @@ def difference(
         return ""
     first, second = zip(*pairs, strict=True)
     mean, low, high = (100 * value for value in paired_difference(first, second))
+    return f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"
+
+
+def points_difference(
+    own: Sequence[Record], base: Sequence[Record], value: Callable[[Record], float | None]
+) -> str:
+    """Mean difference in points over the items for which both have a value, with its interval."""
+    pairs = paired(own, base, value)
+    if not pairs:
+        return ""
+    mean, low, high = (100 * part for part in paired_difference(*zip(*pairs, strict=True)))
     return f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"
 
 

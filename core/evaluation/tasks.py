@@ -91,6 +91,12 @@ class EvalItem:
         return is_real(self.task)
 
     @property
+    def said_by_user(self) -> str:
+        """The user's turns and the question, one a line."""
+        said = [turn.text for turn in self.turns if turn.role == "user"]
+        return "\n".join([*said, self.question])
+
+    @property
     def reference(self) -> str:
         """The answer that is read to a target, to ask how likely it finds it."""
         return ", ".join(self.answers) if self.need == "all" else self.answers[0]

@@ -161,12 +161,14 @@ def evaluate(arguments: argparse.Namespace) -> None:
     from ...core.evaluation.runner import TABLE, Grid, run
     from ...core.evaluation.shared import Bench
     from ...core.evaluation.tasks import INSTRUCTIONS
+    from ...core.evaluation.text_only import EMBEDDED
     from ...core.models.loading import load_model
     from ...core.models.names import BUILTIN
     from ...core.prompt.messages import DEFAULT_SYSTEM
 
     if arguments.list:
-        own = "embedding:MODEL", "specpc:OPTION=VALUE,...", "speckv:OPTION=VALUE,..."
+        own = *(f"{name}:MODEL" for name in EMBEDDED), "specpc:OPTION=VALUE,..."
+        own += ("speckv:OPTION=VALUE,...",)
         print("methods:", *METHODS, *own, sep="\n  ")
         print("groups of methods:", *(f"{g}: {' '.join(m)}" for g, m in GROUPS.items()), sep="\n  ")
         print("tasks:", *TASKS, sep="\n  ")

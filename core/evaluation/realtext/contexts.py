@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from ...prompt.messages import DEFAULT_SYSTEM
 from ..puzzles import NOT_FOUND
 from ..squad import Counter, Scorer
-from ..tasks import EvalItem, Place, evidence_around, mean_depth
+from ..tasks import EvalItem, Evidence, Place, evidence_around, mean_depth
 from .collection import Collection, RealQuestion, occurrences
+from .leaning import LEANING, STANDING, leans
 from .rankings import ranked
 
 logger = logging.getLogger(__name__)
@@ -136,6 +137,7 @@ def _item(
         evidence_around(texts, Place(chosen.index(place.passage), place.start, place.end))
         for place in question.places
     )
+    need = question.need if question.answers else "all"
     return EvalItem(
         id=f"{collection.name}-{around.name}-{around.length}-{seed}-{question.id}",
         task=f"{collection.name}/{around.name}",
@@ -143,13 +145,22 @@ def _item(
         question=question.text,
         passages=texts,
         answers=question.answers or (NOT_FOUND,),
-        need=question.need if question.answers else "all",
+        need=need,
         evidence=evidence,
         depth=mean_depth(texts, evidence[:1] if question.need == "any" else evidence),
         system=system,
         turns=question.turns,
-        kind=question.kind,
+        kind=question.kind or _kind(texts, evidence, need),
     )
+
+
+def _kind(texts: Sequence[str], evidence: Sequence[Evidence], need: str) -> str:
+    """Whether the answer can only be had from sentences that lean on others; "" without one."""
+    if not evidence:
+        return ""
+    sentences = (e.sentence for e in evidence)
+    found = [leans(texts[s.passage][s.start : s.end]) for s in sentences]
+    return LEANING if (any if need == "all" else all)(found) else STANDING
 
 
 def _subset(

@@ -13,6 +13,7 @@ from ..tasks import Turn
 from .collection import Collection, Pool, RealQuestion, read_lines
 
 NAME = "mtrag"
+_ALONE = {"n/a": "alone"}
 _ROLES = {"user": "user", "agent": "assistant"}
 
 
@@ -24,7 +25,8 @@ def read_mtrag(path: str | Path) -> Collection:
 
     Returns:
         Each question with the conversation before it; `gold` are the passages that were retrieved
-        for it, `kind` its answerability in lower case.
+        for it, `kind` its answerability and what it is to the conversation, in lower case, as in
+        "answerable, follow-up" ("alone": it leans on nothing that was said).
 
     Raises:
         PromptError: A line has another form.
@@ -35,6 +37,7 @@ def read_mtrag(path: str | Path) -> Collection:
         gold = [pool.add(c["text"].strip(), c["document_id"]) for c in row["contexts"]]
         *before, last = (Turn(_ROLES[turn["speaker"]], turn["text"]) for turn in row["input"])
         kind = "+".join(row["answerability"]).casefold()
+        leans = "+".join(row.get("Multi-Turn", ())).casefold()
         answers = tuple(target["text"].strip() for target in row["targets"])
         return RealQuestion(
             id=row["task_id"],
@@ -43,7 +46,7 @@ def read_mtrag(path: str | Path) -> Collection:
             need="any",
             places=(),
             gold=tuple(dict.fromkeys(gold)),
-            kind=kind,
+            kind=f"{kind}, {_ALONE.get(leans, leans)}" if leans else kind,
             turns=tuple(before),
         )
 

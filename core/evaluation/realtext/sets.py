@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ...errors import ConfigError
@@ -13,6 +13,8 @@ from .cutting import WORDS
 from .download import Download, fetch, gold_passages
 from .mtrag import read_mtrag
 from .natural_questions import read_natural_questions
+from .pairs import NAME as PAIRS
+from .pairs import read_pairs
 from .squad_form import read_squad_form
 
 VARIABLE = "DRAFTSIEVE_DATA"
@@ -28,6 +30,7 @@ class DataSet:
     source: str
     licence: str
     download: Download
+    derived: bool = False  # made of the file of another set
 
 
 def _xquad(language: str, sha256: str) -> DataSet:
@@ -41,6 +44,18 @@ def _xquad(language: str, sha256: str) -> DataSet:
     )
 
 
+_NQ = DataSet(
+    "nq_open_gold.jsonl",
+    read_natural_questions,
+    "https://github.com/nelson-liu/lost-in-the-middle",
+    "CC BY-SA 3.0, the selection MIT",
+    Download(
+        f"{_RAW}/nelson-liu/lost-in-the-middle/29b8a6d042ce29abccee3db1a73171a107d7e6af"
+        "/qa_data/nq-open-oracle.jsonl.gz",
+        "6a7f72b846f663a133ef952244e5a4e43f06bcf190afe34e8fbe687ce0d1653e",
+        gold_passages,
+    ),
+)
 SETS = {
     "xquad.en": _xquad("en", "e4c57d1c9143aaa1c5d265ba5987a65f4e69528d2a98f29d6e75019b10344f29"),
     "xquad.de": _xquad("de", "990b5d746746ed65ed4702ea5f35f99ffa4e2f1c390c07d003642acd937916f9"),
@@ -56,18 +71,8 @@ SETS = {
             "ab310b4e39f726e087c8fa3d1787c73771dacddc584977204ebe3cc889ee1264",
         ),
     ),
-    "nq": DataSet(
-        "nq_open_gold.jsonl",
-        read_natural_questions,
-        "https://github.com/nelson-liu/lost-in-the-middle",
-        "CC BY-SA 3.0, the selection MIT",
-        Download(
-            f"{_RAW}/nelson-liu/lost-in-the-middle/29b8a6d042ce29abccee3db1a73171a107d7e6af"
-            "/qa_data/nq-open-oracle.jsonl.gz",
-            "6a7f72b846f663a133ef952244e5a4e43f06bcf190afe34e8fbe687ce0d1653e",
-            gold_passages,
-        ),
-    ),
+    "nq": _NQ,
+    PAIRS: replace(_NQ, read=read_pairs, derived=True),
     "mtrag": DataSet(
         "mtrag_un.jsonl",
         read_mtrag,

@@ -19,6 +19,7 @@ from .sets import SETS, read_set
 
 ARTICLE = "article"  # the context that is the article itself
 PYTHON, REAL = "python", "real"  # names of suites beside those of `SETS`
+PUBLISHED = tuple(name for name, found in SETS.items() if not found.derived)
 _HERE, _FILE = Path(__file__).resolve(), "python_reference.jsonl"
 _PLACES = _HERE.parents[1] / "data" / _FILE, _HERE.parents[3] / "examples" / "data" / _FILE
 
@@ -79,8 +80,8 @@ def make_suite(names: Sequence[str], data: Path | None = None, **options: Any) -
     """A suite by names, as the command line has them.
 
     Args:
-        names: "python" for questions about the running Python's reference, "real" for all of
-            `SETS`, and names of these.
+        names: "python" for questions about the running Python's reference, "real" for all
+            `PUBLISHED` sets, and names of `SETS`.
         data: The folder with the sets' files; None for what `DRAFTSIEVE_DATA` names. For "python"
             alone it may be the file with the questions.
         options: The rest of `Suite`.
@@ -94,7 +95,7 @@ def make_suite(names: Sequence[str], data: Path | None = None, **options: Any) -
             asked = data if data is not None and data.is_file() else None
             parts += python_suite(asked).collections
         else:
-            parts += real_suite(data, tuple(SETS) if name == REAL else (name,)).collections
+            parts += real_suite(data, PUBLISHED if name == REAL else (name,)).collections
     return Suite(tuple(parts), **options)
 
 
@@ -119,7 +120,7 @@ def python_suite(path: str | Path | None = None, **options: Any) -> Suite:
 
 
 def real_suite(
-    folder: str | Path | None = None, sets: Sequence[str] = tuple(SETS), **options: Any
+    folder: str | Path | None = None, sets: Sequence[str] = PUBLISHED, **options: Any
 ) -> Suite:
     """Sets of real questions.
 
