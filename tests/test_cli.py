@@ -17,7 +17,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from draftsieve import __version__
+from draftsieve import Compressor, Passage, __version__
 from draftsieve.core.config import DEFAULT_METHOD, Method, SpecKV, SpecKVPC, SpecPC
 from draftsieve.core.errors import ConfigError, ModelNotFoundError
 from draftsieve.integrations import cli
@@ -26,6 +26,8 @@ from draftsieve.integrations.cli.method import read_method
 from draftsieve.integrations.cli.parser import build_parser
 from draftsieve.integrations.cli.render import printable
 from examples import demo
+
+from .embedders import write_encoder
 
 ROOT = Path(__file__).parents[1]
 FERRY = (
@@ -417,6 +419,8 @@ def test_a_file_that_is_not_text_is_an_error(
         ("ask q --docs . --target ./no-model", "There is no model './no-model'"),
         ("ask q --docs . --draft builtin:large", "There is no bundled model 'builtin:large'"),
         ("ask q --docs . --draft-store no.safetensors", "there is no file"),
+        ("ask q --docs . --embedder ./no-model", "--embedder: There is no model './no-model'"),
+        ("ask q --docs . --semantic-weight 2", "--semantic-weight: '2' is no number in (0, 1]"),
         ("ask q --docs . --set lexical_wieght=1", "Did you mean lexical_weight"),
         ("drafts build --docs . --out store.txt", "'store.txt' must end with .safetensors"),
         ("eval --data no.json", "there is no file 'no.json'"),
@@ -515,6 +519,30 @@ def test_an_interrupt_ends_quietly(tmp_path: Path) -> None:
     assert process.returncode == cli.INTERRUPTED
 
 
+def test_an_embedder_gives_a_second_opinion(
+    compress: list[str],
+    ask: list[str],
+    docs: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = str(write_encoder(tmp_path / "encoder"))
+    given = ["--docs", str(docs), "--ratio", "0.4", "--embedder", folder]
+    alone = ["--semantic-weight", "1", "--set", "lexical_weight=0"]
+    found = run_json([*compress, *given, *alone], capsys)
+    assert found["compression"]["note"] is None
+    draft = Compressor.load(compress[3], progress=False)
+    passages = [Passage(source["text"], source["id"]) for source in found["sources"]]
+    method = SpecPC.preset(
+        "2026-11", ratio=0.4, lexical_weight=0, semantic_weight=1.0, embedder=folder
+    )
+    assert found["text"] == draft.compress(QUESTION, passages, method).text
+    assert cli.main([*ask, "--semantic-weight", "0.5"]) == 0
+    assert "semantic_weight=0.5 has no effect without an embedder" in capsys.readouterr().out
+    assert cli.main([*compress, *given[:4], "--semantic-weight", "0.5"]) == 0
+    assert "has no effect without an embedder" in capsys.readouterr().err
+
+
 # ---------------------------------------------------------------- options of methods
 
 
@@ -553,6 +581,24 @@ def test_a_ratio_is_what_is_left_in_the_end() -> None:
             ),
         ),
         ("--set specpc.unit=word --ratio 0.5", SpecPC.preset("2026-11", ratio=0.5, unit="word")),
+        (
+            "--ratio 0.5 --embedder owner/name",
+            SpecPC.preset("2026-11", ratio=0.5, semantic_weight=0.5, embedder="owner/name"),
+        ),
+        (
+            "--ratio 0.5 --embedder owner/name --semantic-weight 0.25 --set lexical_weight=0",
+            SpecPC.preset(
+                "2026-11",
+                ratio=0.5,
+                lexical_weight=0,
+                semantic_weight=0.25,
+                embedder="owner/name",
+            ),
+        ),
+        (
+            "--ratio 0.5 --semantic-weight 0.25 --set semantic_weight=0.1 --set embedder=a/b",
+            SpecPC.preset("2026-11", ratio=0.5, semantic_weight=0.1, embedder="a/b"),
+        ),
         ("--method speckv --capacity 64", SpecKV(capacity=64)),
         (
             "--method speckv --set scorer=snapkv --set seed=3",
@@ -602,6 +648,9 @@ def test_every_option_can_be_set(arguments: str, expected: Method | None) -> Non
         ("--method speckv-pc --capacity 512", "give both"),
         ("--method speckv-pc --set specpc.capacity=512", "give both"),
         ("--method speckv-pc --set positions=keep", "belongs to SpecPC alone"),
+        ("--method speckv --semantic-weight 0.5", "only SpecPC asks an embedder"),
+        ("--preset paper --embedder owner/name", 'unit is "token": set it to "sentence"'),
+        ("--set lexical_weight=0.8 --embedder owner/name", "must not exceed 1"),
     ],
 )
 def test_wrong_options_name_what_is_wrong(arguments: str, words: str) -> None:

@@ -27,6 +27,7 @@ _EPILOG = """\
 examples:
   draftsieve compress "What changed in May?" --file notes.md --capacity 512 > shorter.txt
   draftsieve compress "What changed in May?" --docs notes/ --ratio 0.2 --json
+  draftsieve compress "What changed in May?" --docs notes/ --embedder ./all-MiniLM-L6-v2
   cat notes.md | draftsieve compress "What changed in May?" --file - --set unit=word
 """
 
@@ -99,5 +100,6 @@ def compress(arguments: argparse.Namespace) -> None:
     stats = context.stats
     tokens = change(stats.passage_tokens, stats.compressed_passage_tokens)
     print(f"passage tokens: {tokens}; seconds: {stages(stats.seconds)}", file=sys.stderr)
-    if (reason := why_whole(method, context)) is not None:
-        print(reason, file=sys.stderr)
+    for reason in (why_whole(method, context), stats.note):
+        if reason is not None:
+            print(reason, file=sys.stderr)

@@ -15,10 +15,18 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import TypeAdapter, ValidationError
 
-from ...core.config import DEFAULT_METHOD, NEWEST_PRESET, Method, SpecKV, SpecKVPC, SpecPC
+from ...core.config import (
+    DEFAULT_METHOD,
+    NEWEST_PRESET,
+    SEMANTIC_WEIGHT,
+    Method,
+    SpecKV,
+    SpecKVPC,
+    SpecPC,
+)
 from ...core.errors import ConfigError
 from ...core.options import Options
-from .arguments import count, share
+from .arguments import count, model, share
 
 PAPER = "paper"
 _METHODS = {
@@ -45,6 +53,14 @@ _PRESET = """\
 which options of specpc others are changed from: a preset, or "paper" for those of the paper
 (default: {preset}, which keeps whole sentences)
 """
+_EMBEDDER = """\
+a model for sentence embeddings, a folder in sentence-transformers' form or a hub id, for a second
+opinion on sentences beside the draft's
+"""
+_WEIGHT = """\
+share W of what a sentence counts that is the embedder's, in (0, 1] (default: the preset's, or with
+--embedder {weight})
+"""
 _SET = """\
 any other option, as in --set lookahead_tokens=8; may be repeated, and wins over the options above.
 With speckv-pc, an option that both stages have is named specpc.NAME or speckv.NAME
@@ -68,6 +84,9 @@ def add_method(line: argparse.ArgumentParser, *, prompt_only: bool = False) -> N
     budget.add_argument("--ratio", type=share, metavar="R", help=_RATIO.format(share=_SHARE))
     budget.add_argument("--capacity", type=count, metavar="N", help=_CAPACITY)
     group.add_argument("--preset", metavar="NAME", help=_PRESET.format(preset=NEWEST_PRESET))
+    group.add_argument("--embedder", type=model, metavar="MODEL", help=_EMBEDDER)
+    weight = _WEIGHT.format(weight=SEMANTIC_WEIGHT)
+    group.add_argument("--semantic-weight", type=share, metavar="W", help=weight)
     group.add_argument(
         "--set", dest="options", action="append", default=[], metavar="NAME=VALUE", help=_SET
     )
@@ -91,6 +110,7 @@ def read_method(arguments: argparse.Namespace) -> Method | None:
         raise ConfigError("--preset: only SpecPC has presets, which --method speckv does not use.")
     _add_budgets(given, arguments.ratio, arguments.capacity)
     preset = arguments.preset or NEWEST_PRESET
+    _add_embedder(given, preset, arguments.embedder, arguments.semantic_weight)
     made: dict[str, Any] = {}
     for stage, options in given.items():
         if stage == "specpc" and preset != PAPER:
@@ -142,6 +162,21 @@ def _parse(path: str, options: type[Options], name: str, text: str) -> Any:
     except ValidationError as error:
         told = "; ".join(dict.fromkeys(each["msg"] for each in error.errors()))
         raise ConfigError(f"--set {path}={text}: {told[:1].lower()}{told[1:]}.") from error
+
+
+def _add_embedder(
+    given: dict[str, dict[str, Any]], preset: str, embedder: str | None, weight: float | None
+) -> None:
+    """Give SpecPC its embedder, and where nothing says how much that counts, a weight."""
+    if embedder is None and weight is None:
+        return
+    if "specpc" not in given:
+        raise ConfigError("--embedder, --semantic-weight: only SpecPC asks an embedder.")
+    options = given["specpc"]
+    own = 0.0 if preset == PAPER else SpecPC.preset(preset).semantic_weight
+    options.setdefault("semantic_weight", weight or own or SEMANTIC_WEIGHT)
+    if embedder is not None:
+        options.setdefault("embedder", embedder)
 
 
 def _add_budgets(

@@ -100,6 +100,8 @@ def _costs(answer: Answer, method: Method | None) -> Iterator[str]:
         reason = why_whole(specpc, answer.context)
         if reason is not None:
             yield reason
+        if answer.context.stats.note is not None:
+            yield answer.context.stats.note
     if usage.cache_entries is not None:
         entries = change(usage.prompt_tokens, usage.cache_entries)
         yield f"cache entries a head: {entries}, in all {size(answer.cache_bytes)}"
@@ -151,6 +153,7 @@ def context_json(context: CompressedContext) -> dict[str, Any]:
         "compressed_passage_tokens": stats.compressed_passage_tokens,
         "compressed": stats.compressed,
         "fallback": stats.fallback,
+        "note": stats.note,
         "seconds": dict(stats.seconds),
     }
 
