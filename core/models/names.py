@@ -11,6 +11,7 @@ from .fetched import CATALOGUE, fetched_folder
 from .hub import no_hub_id
 
 BUILTIN, GGUF = "builtin:", ".gguf"
+DEFAULT_MODEL = "smollm2-135m"  # target and draft of whoever names none, on the command line
 _HOME = Path(str(files("draftsieve.core.builtin")))
 
 

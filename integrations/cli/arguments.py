@@ -5,12 +5,23 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from ...core.config import Quantization
 from ...core.errors import ModelNotFoundError
-from ...core.models.names import resolve
+from ...core.models.names import BUILTIN, DEFAULT_MODEL, resolve
+
+_MODELS = (
+    f"hub ids, folders, GGUF files, models of `draftsieve models list`, or the bundled "
+    f"{BUILTIN}target and {BUILTIN}draft"
+)
+_LOADING = {  # arguments of `load_model`
+    "gguf_file": ("FILE", "GGUF file in its folder or hub repository"),
+    "revision": ("NAME", "branch, tag or commit of its hub repository"),
+    "attn_implementation": ("NAME", "attention: eager, sdpa, ... (default: the model's own)"),
+}
 
 
 def question(text: str) -> str:
@@ -105,15 +116,28 @@ def new_folder(text: str) -> Path:
 
 def add_models(line: argparse.ArgumentParser, *, target: bool, draft: bool, bits: str) -> None:
     """Which models are used, and how; `bits` says which of them `--bits` is about, if any."""
-    group = line.add_argument_group("models", "hub ids, folders, GGUF files or bundled ones")
-    for role, wanted in (("target", target), ("draft", draft)):
-        if wanted:
-            name = f"builtin:{role}"
-            help_ = "(default: %(default)s)"
-            group.add_argument(f"--{role}", type=model, default=name, metavar="MODEL", help=help_)
+    group = line.add_argument_group("models", _MODELS)
+    roles = [role for role, wanted in (("target", target), ("draft", draft)) if wanted]
+    for role in roles:
+        help_ = f"(default: {DEFAULT_MODEL})"
+        group.add_argument(f"--{role}", type=model, metavar="MODEL", help=help_)
     if bits:
         group.add_argument("--bits", type=int, choices=(4, 8), help=f"quantise {bits}")
+    for role in roles:
+        prefix = _prefix(role, roles)
+        for name, (metavar, meaning) in _LOADING.items():
+            flag = f"--{prefix}{name}".replace("_", "-")
+            group.add_argument(flag, metavar=metavar, help=f"the {role}'s {meaning}")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (default: auto)")
+
+
+def loading(arguments: argparse.Namespace, prefix: str = "") -> dict[str, Any]:
+    """How a model is loaded; `prefix` "" for the target or the only one, "draft_" for a draft."""
+    return {name: getattr(arguments, prefix + name) for name in _LOADING}
+
+
+def _prefix(role: str, roles: Sequence[str]) -> str:
+    return "draft_" if role == "draft" and len(roles) == 2 else ""
 
 
 def add_running(line: argparse.ArgumentParser) -> None:

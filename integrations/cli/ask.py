@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...core.config import Generation, Method
-from ...core.models.names import BUILTIN
 from ...core.prompt.messages import DEFAULT_SYSTEM
 from .arguments import (
     add_models,
     add_running,
     count,
     known_file,
+    loading,
     progress,
     quantization,
     question,
 )
+from .choice import choose_models
 from .method import add_method, read_method
 from .output import Output, add_output, print_json, write_html
 from .render import answer_json, printable, show_costs, show_sources
@@ -38,11 +38,8 @@ examples:
   draftsieve ask "Who leads the archive?" --docs notes/ --set lexical_weight=0.5 --set unit=passage
   draftsieve ask "Who leads the archive?" --docs notes/ \\
       --target Qwen/Qwen3-4B --draft Qwen/Qwen3-0.6B
+  draftsieve ask "Who leads the archive?" --docs notes/ --target builtin:target
 """
-_DEMONSTRATION = (
-    "draftsieve: builtin:target is a small model for demonstration; for a real one try "
-    "'draftsieve models get smollm2-135m' and --target smollm2-135m."
-)
 
 
 def add_ask(commands: Any) -> None:
@@ -89,8 +86,6 @@ def ask(arguments: argparse.Namespace) -> None:
     """Retrieve, answer, show."""
     method = read_method(arguments)
     passages = retrieve(arguments)
-    if arguments.target.startswith(BUILTIN):
-        print(_DEMONSTRATION, file=sys.stderr)
     engine = _load(arguments, method)
     options: dict[str, Any] = {
         "method": method,
@@ -122,10 +117,14 @@ def _load(arguments: argparse.Namespace, method: Method | None) -> Engine:
 
     store = arguments.draft_store
     drafted = needs_draft(method) or arguments.drafting in _DRAFT_MODEL
+    choose_models(arguments, "target", *(["draft"] if drafted else []))
+    draft = {f"draft_{name}": value for name, value in loading(arguments, "draft_").items()}
     return Engine.load(
         arguments.target,
         arguments.draft if drafted else None,
         quantization=quantization(arguments),
+        **loading(arguments),
+        **draft,
         device=arguments.device,
         progress=progress(arguments),
         draft_store=TrigramStore.load(store) if store else None,

@@ -9,7 +9,8 @@ if TYPE_CHECKING:
     from ...core.compressor import Compressor
     from ...core.evaluation.tasks import EvalItem
 
-from .arguments import add_models, add_running, count, known_file, new_file, progress
+from .arguments import add_models, add_running, count, known_file, loading, new_file, progress
+from .choice import choose_models
 
 _DESCRIPTION = """\
 Learn the weights of a draft's attention heads from questions whose evidence is known, generated
@@ -18,7 +19,7 @@ beside the draft, SpecPC(head_weights="FILE") any other. Needs the extra [eval].
 """
 _EPILOG = """\
 examples:
-  draftsieve calibrate
+  draftsieve calibrate --draft builtin:draft
   draftsieve calibrate --draft models/my-draft --data my.json
   draftsieve calibrate --draft Qwen/Qwen3-0.6B --out qwen3-0.6b-heads.json
 """
@@ -66,7 +67,10 @@ def calibrate(arguments: argparse.Namespace) -> None:
     from ...core.specpc.head_weights import CALIBRATED, weights_path
 
     bars = progress(arguments)
-    compressor = Compressor.load(arguments.draft, device=arguments.device, progress=bars)
+    choose_models(arguments, "draft", fallback=False)
+    compressor = Compressor.load(
+        arguments.draft, device=arguments.device, progress=bars, **loading(arguments)
+    )
     path = arguments.out or weights_path(compressor.model, CALIBRATED)
     source = None if arguments.data is None else arguments.data.name
     found = calibrate(compressor, _items(arguments, compressor), source=source, progress=bars)

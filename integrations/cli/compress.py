@@ -14,10 +14,12 @@ from .arguments import (
     add_running,
     count,
     file_or_stdin,
+    loading,
     progress,
     quantization,
     question,
 )
+from .choice import choose_models
 from .method import add_method, read_method
 from .output import add_output, print_json, write_html
 from .render import change, context_json, printable, sources_json, stages, why_whole
@@ -79,8 +81,10 @@ def compress(arguments: argparse.Namespace) -> None:
         whole, passages = read_file(arguments.file)
     from ...core.compressor import Compressor
 
+    choose_models(arguments, "draft")
     compressor = Compressor.load(
         arguments.draft,
+        **loading(arguments),
         quantization=quantization(arguments),
         device=arguments.device,
         progress=progress(arguments),

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...core.errors import PromptError
+from ...core.models.names import DEFAULT_MODEL
 from .arguments import add_running, count, known_file, model, new_file
+from .choice import choose_models
 from .sources import plain_text
 
 if TYPE_CHECKING:
@@ -40,9 +42,8 @@ def add_drafts(commands: Any) -> None:
     line.add_argument(
         "--target",
         type=model,
-        default="builtin:target",
         metavar="MODEL",
-        help="whose tokenizer is used (default: %(default)s)",
+        help=f"whose tokenizer is used (default: {DEFAULT_MODEL})",
     )
     line.add_argument(
         "--out", type=new_file(".safetensors"), required=True, metavar="FILE", help="*.safetensors"
@@ -63,6 +64,7 @@ def build(arguments: argparse.Namespace) -> None:
     from ...core.models.loading import load_tokenizer
     from ...core.prompt.encoder import PromptEncoder
 
+    choose_models(arguments, "target")
     tokenizer = load_tokenizer(arguments.target)
     encode: Callable[[str], list[int]] = PromptEncoder(tokenizer).encode_text
     store = build_store(

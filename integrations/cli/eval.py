@@ -16,12 +16,14 @@ from .arguments import (
     add_running,
     count,
     known_path,
+    loading,
     new_folder,
     progress,
     quantization,
     share,
     weights,
 )
+from .choice import choose_models
 
 _DESCRIPTION = """\
 Measure what compression costs in accuracy: generated tasks, natural text of yours (--data), or real
@@ -174,6 +176,8 @@ def evaluate(arguments: argparse.Namespace) -> None:
         print("tasks:", *TASKS, sep="\n  ")
         print("suites:", "python", "real", *SETS, sep="\n  ")
         return
+    roles = ("draft",) if arguments.kept_only else ("target", "draft")
+    choose_models(arguments, *roles, fallback=False)
     reader = arguments.draft if arguments.kept_only else arguments.target
     known = reader.startswith(BUILTIN)
     system = arguments.system or (DEFAULT_SYSTEM if known else INSTRUCTIONS)
@@ -198,10 +202,14 @@ def evaluate(arguments: argparse.Namespace) -> None:
     }
     target = None
     if not arguments.kept_only:
-        target = load_model(arguments.target, quantization=quantization(arguments), **options)
+        one = loading(arguments)
+        target = load_model(
+            arguments.target, quantization=quantization(arguments), **one, **options
+        )
+    other = loading(arguments, "draft_") | {"quantization": arguments.draft_quantization}
     bench = Bench(
         target,
-        load_model(arguments.draft, quantization=arguments.draft_quantization, **options),
+        load_model(arguments.draft, **other, **options),
         max_new_tokens=arguments.max_new_tokens,
         embedder=arguments.embedder,
     )
