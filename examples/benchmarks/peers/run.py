@@ -1,6 +1,6 @@
 """Peers on the items of a finished `draftsieve eval` run, each in its own environment.
 
-    draftsieve eval --target builtin:target --methods none speckv snapkv --budget 0.125 --out results/
+    draftsieve eval --target builtin:target --methods none speckv --budget 0.125 --out results/
     python examples/benchmarks/peers/run.py --results results/ --budget 0.125
 
 A peer is a script beside this one that knows nothing of draftsieve: it reads prompts from a file
