@@ -15,9 +15,11 @@ from pathlib import Path
 
 from .config import Generation, Method, SpecKV
 from .errors import ConfigError, ModelError, PromptError
+from .generation.eviction import evict_beginning
 from .generation.pair import Pair
 from .generation.remember import remember
 from .generation.scheduler import Scheduler
+from .kv_cache.evicted_memory import EvictedMemory
 from .kv_cache.files import SavedSession, read_files, write_files
 from .kv_cache.storage import Storage
 from .models.loading import fingerprint
@@ -43,7 +45,8 @@ class SessionStats:
     target_bytes: int
     draft_bytes: int  # 0 where the draft reads the documents anew for every question
     entry_bytes: int  # of one token in a working cache of the target: all layers and heads
-    seconds: Mapping[str, float] = field(default_factory=dict, hash=False)  # "read" or "open"
+    # "read", "open" or "compress"
+    seconds: Mapping[str, float] = field(default_factory=dict, hash=False)
 
     @property
     def bytes(self) -> int:
@@ -139,6 +142,7 @@ class Session:
             PromptError: There is nothing to read, or all together exceed the target's window.
             RequestTimeoutError: The time is up.
         """
+        self._need_whole("extended")
         if not Prompt.from_question("?", passages).passages:
             raise PromptError("There are no passages to add: give at least one.")
         prompt = Prompt.from_question("?", [*self.passages, *passages], system=self.system)
@@ -154,6 +158,41 @@ class Session:
             seconds=clock.seconds,
         )
 
+    def compress(self, method: SpecKV, *, timeout: float | None = None) -> Session:
+        """A session that holds only a part of the documents' KV entries, for all its questions.
+
+        Unlike a method that is given with each question, this chooses once and forgets the rest:
+        answers need no further choosing, and the stored bytes shrink. This session stays as it is.
+
+        Args:
+            method: How much stays, and its scorer: "kvzip", or another that needs no question.
+            timeout: Seconds after which it fails; None for no limit.
+
+        Raises:
+            ModelError: The scorer looks ahead at an answer, or this session is compressed already.
+            BudgetError: What is protected exceeds the capacity.
+            RequestTimeoutError: The time is up.
+        """
+        self._need_whole("compressed further")
+        pair, clock = self.scheduler.pipeline.pair, Clock()
+        ids = self.memories.target.ids
+        prompt = Prompt.from_question("?", self.passages, system=self.system)
+        protected = pair.encoder.encode(prompt).protected[: ids.numel()]
+        with clock("compress"), until(deadline_after(timeout)):
+            kept = evict_beginning(pair, self.memories.target, protected, method)
+        memories = Memories(kept, self.memories.draft)
+        return replace(self, memories=memories, mapped=False, seconds=clock.seconds)
+
+    async def acompress(self, method: SpecKV, *, timeout: float | None = None) -> Session:
+        """`compress` without blocking the event loop."""
+        return await self.scheduler.worker.run(self.compress, method, timeout=timeout)
+
+    def _need_whole(self, what: str) -> None:
+        if isinstance(self.memories.target, EvictedMemory):
+            raise ModelError(
+                f"This session is compressed and cannot be {what}: use the one that it was made of."
+            )
+
     async def aextend(
         self, passages: Sequence[str | Passage], *, timeout: float | None = None
     ) -> Session:
@@ -167,6 +206,8 @@ class Session:
                 "shortens their text, which would have to be read again. Use SpecKV, or "
                 "Engine.answer."
             )
+        if method is not None:
+            self._need_whole("evicted by another method")
         return Prompt.from_question(question, self.passages, system=self.system)
 
     @property
@@ -197,6 +238,7 @@ class Session:
         Raises:
             PromptError: Some passage's metadata is no JSON (a date, say); nothing is written.
         """
+        self._need_whole("saved")
         saved = SavedSession(
             model=self.model_name,
             weights=_fingerprints(self.scheduler.pipeline.pair),

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
+from copy import deepcopy
+
 import pytest
 import torch
 
-from draftsieve import Engine, Generation, SpecKV
-from draftsieve.core.errors import ModelError
+from draftsieve import Engine, Generation, Prompt, SpecKV
+from draftsieve.core.errors import BudgetError, ModelError, RequestTimeoutError
+from draftsieve.core.kv_cache.evicted_memory import EvictedMemory
+from draftsieve.core.kv_cache.greedy import greedy
+from draftsieve.core.kv_cache.prefill import Start
 from draftsieve.core.kv_cache.prefix import read_memory
 from draftsieve.core.speckv.evict import evict
 from draftsieve.core.speckv.scorers import kvzip
@@ -106,3 +112,77 @@ def test_a_window_without_room_for_a_repetition_is_refused(monkeypatch: pytest.M
     monkeypatch.setattr(config, "max_position_embeddings", tokens.prompt_tokens + 9)
     with pytest.raises(ModelError, match='scorer="kvzip" lets the target repeat a context'):
         engine.answer(QUESTION, TEXTS, method=METHOD, generation=Generation(max_new_tokens=2))
+
+
+def test_a_session_is_compressed_once_for_all_questions() -> None:
+    engine = Engine(tiny_model(64, seed=2), tiny_tokenizer())
+    session, short = engine.session(TEXTS), Generation(max_new_tokens=6)
+    small = session.compress(METHOD)
+    assert small.stats.tokens == session.stats.tokens
+    assert small.bytes < 0.8 * session.bytes
+    assert set(small.stats.seconds) == {"compress"}
+    memory = small.memories.target
+    assert isinstance(memory, EvictedMemory)
+    for question in (QUESTION, "Where are tickets sold?", QUESTION):
+        prompt = Prompt.from_question(question, TEXTS)
+        ids = session.scheduler.pipeline.pair.encoder.encode(prompt).ids
+        said = greedy(engine.target, ids, 6, _one_by_one(engine, memory, ids))
+        answer = small.answer(question, generation=short)
+        assert answer.text == _text(engine, said).removesuffix("\ufffd")  # half a character
+        assert answer.usage.prompt_tokens == ids.numel()
+    everything = session.compress(SpecKV(scorer="kvzip", capacity=5000))
+    whole = session.answer(QUESTION, generation=short)
+    assert everything.answer(QUESTION, generation=short).text == whole.text
+    assert session.answer(QUESTION, generation=short).text == whole.text  # it stays as it is
+
+
+def test_compressing_has_an_asynchronous_twin() -> None:
+    session = tiny_engine().session(TEXTS)
+    small, twin = session.compress(METHOD), asyncio.run(session.acompress(METHOD))
+    short = Generation(max_new_tokens=4)
+    assert (
+        twin.answer(QUESTION, generation=short).text
+        == small.answer(QUESTION, generation=short).text
+    )
+
+
+def _text(engine: Engine, ids: torch.Tensor) -> str:
+    assert engine.tokenizer is not None
+    return str(engine.tokenizer.decode(ids.tolist(), skip_special_tokens=True))
+
+
+def _one_by_one(engine: Engine, memory: EvictedMemory, ids: torch.Tensor) -> Start:
+    """The question fed token by token to the evicted cache, up to the last one."""
+    start = deepcopy(memory.kept)
+    feed, mask, place = start.feed, start.mask, start.positions
+    for token in ids[memory.ids.numel() :]:
+        with torch.no_grad():
+            engine.target(
+                input_ids=feed,
+                attention_mask=mask,
+                position_ids=place,
+                past_key_values=start.cache,
+                use_cache=True,
+            )
+        feed, place = token.view(1, 1), place + 1
+        mask = torch.cat([mask, torch.ones_like(feed)], dim=1)
+    return Start(start.cache, feed, mask, place)
+
+
+def test_a_compressed_session_says_what_it_cannot() -> None:
+    session = tiny_engine().session(TEXTS)
+    with pytest.raises(ModelError, match="scorer='speckv' looks ahead"):
+        session.compress(SpecKV(ratio=0.5))
+    with pytest.raises(BudgetError, match="system text and template alone"):
+        session.compress(SpecKV(scorer="kvzip", capacity=3))
+    small = session.compress(METHOD)
+    with pytest.raises(ModelError, match="cannot be compressed further"):
+        small.compress(METHOD)
+    with pytest.raises(ModelError, match="cannot be extended"):
+        small.extend(["More."])
+    with pytest.raises(ModelError, match="cannot be saved"):
+        small.save("nowhere")
+    with pytest.raises(ModelError, match="cannot be evicted by another method"):
+        small.answer(QUESTION, SpecKV(ratio=0.5))
+    with pytest.raises(RequestTimeoutError):
+        session.compress(METHOD, timeout=1e-9)

@@ -9,9 +9,11 @@ from dataclasses import replace
 import torch
 
 from ..config import Generation, OnError, SpecKV
-from ..errors import BudgetError, OutOfMemoryError, PromptError
+from ..errors import BudgetError, ModelError, OutOfMemoryError, PromptError
+from ..kv_cache.evicted_memory import EvictedMemory
 from ..kv_cache.layers import cache_bytes
 from ..kv_cache.prefill import Start
+from ..kv_cache.prefix import Memory
 from ..models.footprint import explain_out_of_memory
 from ..prompt.encoder import PromptTokens
 from ..request import EvictionPlan, Request
@@ -84,6 +86,38 @@ def start_evictions(pair: Pair, requests: Sequence[Request]) -> Start:
     for request in requests:
         request.cache_bytes = cache_bytes(start.cache) // len(requests)
     return start
+
+
+def evict_beginning(
+    pair: Pair, memory: Memory, protected: torch.Tensor, method: SpecKV
+) -> EvictedMemory:
+    """Keep a part of a prompt's beginning for whatever will be asked.
+
+    Args:
+        pair: Its target reads the last tokens anew.
+        memory: The whole beginning.
+        protected: (tokens,) bool: entries that always stay.
+        method: Its scorer must do without a question.
+
+    Raises:
+        ModelError: The scorer looks ahead at an answer.
+        BudgetError: What is protected exceeds the capacity.
+    """
+    if SCORERS[method.scorer].lookahead not in ("none", "request"):
+        raise ModelError(
+            f"scorer={method.scorer!r} looks ahead at the answer to a question, but none has been "
+            'asked yet: use scorer="kvzip", or give the method with each question.'
+        )
+    fixed = int(protected[:-1].sum())
+    capacity = token_capacity(method, memory.ids.numel(), int(protected.sum()))
+    if fixed > capacity:
+        raise BudgetError(
+            f"SpecKV capacity={capacity}, but system text and template alone take {fixed} entries. "
+            "Raise the capacity, or give a ratio."
+        )
+    request = torch.tensor(pair.encoder.encode_text(kvzip.REQUEST), dtype=torch.int64)
+    done = evict(pair.target, [memory.ids], [request], method, [capacity], [protected], memory)
+    return EvictedMemory(memory.ids, (), done.start, memory.entry_bytes)
 
 
 def _behind(pair: Pair, request: Request, plan: EvictionPlan) -> torch.Tensor:

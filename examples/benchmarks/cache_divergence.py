@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     suite = make_suite(options.suite, options.data, contexts=("bm25",), questions=options.items)
     count = bench.draft.count_tokens
     items = list(suite.items(options.length, count, seed=options.seed, system=INSTRUCTIONS))
-    pairs = _pairs(bench)
+    pairs = _pairs(bench, options.methods)
     described_as = {**bench.names, "weights": bench.weights, "length": options.length}
     described_as |= {"seed": options.seed, "new tokens": options.max_new_tokens}
     done = {record.key: record for record in open_folder(options.out, described_as)}
@@ -74,15 +74,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _pairs(bench: Bench) -> list[Pair]:
-    """The methods of the table, by the draft that they need."""
+def _pairs(bench: Bench, wanted: Sequence[str]) -> list[Pair]:
+    """The methods that are wanted, or all of the table, by the draft that they need."""
     own: dict[str, SpecKV] = {"speckv": SpecKV(), "speckv-2026-12": SpecKV.preset("2026-12")}
     own |= {name: SpecKV.model_validate({"scorer": name, "seed": SEED}) for name in SCORERS}
     bundled = load_model("builtin:draft", progress=False)
     reader = SharedDraft(bundled.model, bundled.tokenizer, progress=False)
     reader.once = bench.once
     other = Pipeline(bench.target, bench.tokenizer, bench.encoder, reader)
-    return [Pair(bench.pipeline, own), Pair(other, {BUNDLED: SpecKV()})]
+    found = (bench.pipeline, own), (other, {BUNDLED: SpecKV()})
+    return [
+        Pair(pipeline, {name: how for name, how in methods.items() if name in (wanted or methods)})
+        for pipeline, methods in found
+    ]
 
 
 def measure(
@@ -169,6 +173,7 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--draft-as-it-is", action="store_true", help="do not quantise it to int8")
     parser.add_argument("--suite", nargs="+", default=["nq"])
     parser.add_argument("--data", type=Path, help="the folder with the sets' files")
+    parser.add_argument("--methods", nargs="+", default=[], help="only these of the table")
     parser.add_argument("--items", type=int, default=20)
     parser.add_argument("--length", type=int, default=1000)
     parser.add_argument("--budget", type=float, nargs="+", default=[0.25, 0.125, 0.0625])
