@@ -10,7 +10,7 @@ import torch
 
 from draftsieve import Engine, Generation, Quantization, SpecKV, SpecPC
 from draftsieve.core.errors import MissingExtraError
-from draftsieve.core.models.loading import load_model
+from draftsieve.core.models.loading import fingerprint, load_model
 
 from . import tiny_gguf
 
@@ -72,3 +72,25 @@ def test_an_unpacked_gguf_file_can_be_quantised_so(tmp_path: Path) -> None:
     with torch.no_grad():
         exact, near = tiny_gguf.model()(ids).logits, small(ids).logits
     assert 0 < (exact - near).norm() / exact.norm() < 0.05
+
+
+@needs_torchao
+def test_quantised_weights_have_a_fingerprint_of_their_own(tmp_path: Path) -> None:
+    """What sessions on disk and results of an evaluation are told apart by."""
+    models = (
+        ("builtin:draft", INT8),
+        ("builtin:draft", None),
+        ("builtin:target", INT8),
+        ("builtin:draft", INT8),
+    )
+    found = [
+        fingerprint(load_model(name, quantization=weights, device="cpu", progress=False).model)
+        for name, weights in models
+    ]
+    assert len(set(found)) == 3
+    assert found[0] == found[3]
+    engine = Engine.load(
+        "builtin:target", "builtin:draft", draft_quantization=INT8, device="cpu", progress=False
+    )
+    engine.session(TEXTS).save(tmp_path / "session")
+    assert engine.load_session(tmp_path / "session").stats.draft_bytes > 0

@@ -172,8 +172,12 @@ def fingerprint(model: PreTrainedModel) -> str:
     """
     digest = hashlib.sha256()
     for name, weights in model.named_parameters():
-        if weights.is_floating_point() and weights.numel() and not weights.is_meta:
-            flat = weights.detach().reshape(-1)
+        values = weights.detach()
+        # quantised tensors of torchao pose as floating point, but cannot be cut
+        if type(values) is not torch.Tensor or values.is_meta or not values.numel():
+            continue
+        if values.is_floating_point():
+            flat = values.reshape(-1)
             some = flat[:: max(1, flat.numel() // 64)][:64].float().cpu()
             digest.update(f"{name} {tuple(weights.shape)}".encode())
             digest.update(some.numpy().tobytes())
