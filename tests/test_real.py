@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from draftsieve import Engine, Generation, Passage, Prompt, SpecKV, SpecKVPC, SpecPC
+from draftsieve.core.evaluation.likelihood import divergence, read_answer
+from draftsieve.core.kv_cache.greedy import greedy
 from draftsieve.core.models.loading import end_token_ids, load_model
 from draftsieve.core.prompt.encoder import PromptEncoder
 from draftsieve.core.prompt.messages import DEFAULT_SYSTEM
@@ -111,3 +113,20 @@ def test_an_evicted_cache_still_answers(method: SpecKV | SpecKVPC, engine: Engin
     assert "1884" in answer.text
     assert answer.usage.cache_entries is not None
     assert answer.usage.cache_entries < answer.usage.prompt_tokens
+
+
+@pytest.mark.parametrize("name", ["speckv", "2026-12"])
+def test_a_guess_keeps_what_the_answer_needs(engine: Engine, name: str) -> None:
+    """Behind SpecKV's cache the target strays less than half as far from its answer as SnapKV's."""
+    pipeline = engine._need_pipeline()
+    prompt = Prompt.from_question(QUESTION, TEXTS)
+    ids = pipeline.pair.encoder.encode(prompt).ids
+    said = greedy(engine.target, ids, 24)
+    full = read_answer(engine.target, ids, said)
+    ours = SpecKV(ratio=0.125) if name == "speckv" else SpecKV.preset(name, ratio=0.125)
+    found = []
+    for method in (ours, SpecKV(ratio=0.125, scorer="snapkv")):
+        start = pipeline.begin(pipeline.prepare([prompt], method, [SHORT], "raise"))
+        assert start is not None
+        found.append(divergence(full, read_answer(engine.target, start, said)))
+    assert found[0] < found[1] / 2
