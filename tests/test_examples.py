@@ -44,6 +44,16 @@ def test_the_retriever_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
     assert "Haizek Pimemont" in said
 
 
+def test_the_embeddings_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    run_path(str(EXAMPLES / "langchain_embeddings.py"))
+    first, second = capsys.readouterr().out.split("When did")
+    assert "Badge AK-731 was issued to Mira Tolen." in first
+    assert "Project Halvora began on 3 May 2041." in second
+    sizes = re.findall(r"(\d+) of (\d+) tokens kept", first + second)
+    assert len(sizes) == 4
+    assert sum(int(kept) for kept, _ in sizes) < 0.6 * sum(int(whole) for _, whole in sizes)
+
+
 def test_the_chat_session_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
     found = run_path(str(EXAMPLES / "chat_session.py"))
     found["chat"](found["QUESTIONS"])
