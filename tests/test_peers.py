@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import DynamicCache
 
 from draftsieve.core.errors import ConfigError
+from draftsieve.core.evaluation.likelihood import divergence, read_answer
 from draftsieve.core.evaluation.methods import METHODS
 from draftsieve.core.evaluation.records import Record, read_records
 from draftsieve.core.evaluation.runner import Grid
@@ -23,6 +27,7 @@ PEERS = Path(__file__).parents[1] / "examples" / "benchmarks" / "peers"
 sys.path.insert(0, str(PEERS))
 import common  # noqa: E402
 import environments  # noqa: E402
+import reading  # noqa: E402
 import report  # noqa: E402
 import run as peers_run  # noqa: E402
 
@@ -44,6 +49,19 @@ with open(out, "w") as file:
             texts = [first, *("" for _ in others)]
             rows.append({**here, "method": "prompt", "texts": texts, "kept": kept})
             rows.append({**here, "method": "refuses", "error": "ValueError: no"})
+        file.writelines(json.dumps(row) + "\\n" for row in rows)
+"""
+KEEPS = """
+import json, sys
+prompts, model, out = sys.argv[1:4]
+with open(out, "w") as file:
+    for line in open(prompts):
+        row = json.loads(line)
+        here = {"id": row["id"], "budget": row["budgets"][0]["budget"], "seconds": 0.5}
+        kept = [[[0, len(text)]] for text in row["passages"]]
+        rows = [{**here, "method": "keeps", "texts": row["passages"], "kept": kept}]
+        refused = {"method": "refuses", "error": "ValueError: no", "kept": [[] for _ in kept]}
+        rows.append({**here, **refused})
         file.writelines(json.dumps(row) + "\\n" for row in rows)
 """
 
@@ -113,6 +131,7 @@ def test_a_prompt_is_told_with_the_budgets_of_our_methods(pair: Path) -> None:
     assert item.question in behind
     assert item.passages[-1][-5:] not in behind
     assert row["passages"] == list(item.passages)
+    assert bench.tokenizer.decode(row["reference"]) == item.reference
 
 
 def test_transformers_4_gets_its_own_words(tmp_path: Path) -> None:
@@ -132,6 +151,23 @@ def test_transformers_4_gets_its_own_words(tmp_path: Path) -> None:
     text = "Badge AK-731 was issued to Mira."
     assert load_tokenizer(copy)(text).input_ids == load_tokenizer("builtin:draft")(text).input_ids
     assert environments.as_transformers_4(copy, tmp_path / "again") == copy
+
+
+@torch.no_grad()
+def test_a_reference_is_read_behind_a_cache_as_behind_the_prompt() -> None:
+    model, ids = tiny_model(64, seed=2), torch.arange(40, 60)
+    answer = [7, 30, 9]
+    naive = read_answer(model, ids, torch.tensor(answer))
+    cache = DynamicCache()
+    model.get_decoder()(input_ids=ids[None, :15], past_key_values=cache)
+    found = reading.expected_answer(model, cache, ids[None, 15:], 15, answer)
+    assert cache.get_seq_length() == 15
+    torch.testing.assert_close(found, naive.expected, atol=1e-5, rtol=1e-4)
+    other = read_answer(model, ids[5:], torch.tensor(answer))
+    told = reading.compared(found, other.expected, answer)
+    assert told["log_likelihood"] == pytest.approx(other.log_likelihood, abs=1e-5)
+    assert told["divergence"] == pytest.approx(divergence(naive, other), abs=1e-5)
+    assert reading.compared(found, found, answer)["divergence"] == 0
 
 
 # ---------------------------------------------------------------- peers that are not there
@@ -186,6 +222,36 @@ def test_what_peers_wrote_stands_beside_our_records(
     (results / "run.json").write_text(json.dumps(changed), encoding="utf-8")
     with pytest.raises(ConfigError, match="new folder"):
         peers_run.main(options)
+
+
+def test_results_without_a_target_get_what_peers_on_prompts_keep(
+    pair: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    results = tmp_path / "results"
+    bench = Bench(None, load_model(str(pair / "draft"), progress=False))
+    methods = ("none", "head", "bm25-sentences")
+    grid = Grid(methods, (SHARE,), (400,), ("one-key",), items=2, kept_only=True)
+    evaluate(bench, grid, results, progress=False)
+    on_cache = replace(_stub(tmp_path / "a", STUB), name="cache")
+    on_prompts = replace(_stub(tmp_path / "b", KEEPS), model="draft")
+    monkeypatch.setattr(peers_run, "PEERS", (on_cache, on_prompts))
+    options = ["--results", str(results), "--budget", str(SHARE)]
+    options += ["--environments", str(tmp_path / "b"), "--survival-reference", "bm25-sentences"]
+    assert peers_run.main(options) == 0
+    assert "cache is skipped: the results are of a run without a target" in caplog.text
+    found = read_records(results / "peers.jsonl")
+    assert {record.method for record in found} == {"keeps", "refuses"}
+    for record in found:
+        assert record.answer == ""
+        assert record.survived is (record.method == "keeps")
+        assert (record.error is None) is (record.method == "keeps")
+    shown = capsys.readouterr().out
+    assert "minus bm25-sentences" in shown
+    assert "accuracy" not in shown
 
 
 def test_survival_is_compared_item_by_item() -> None:

@@ -209,9 +209,10 @@ def _contrast(case: Case, share: float) -> Shortened:
 # ---------------------------------------------------------------- names
 
 
-def _prompt(
+def prompt_method(
     name: str, shorten: Shorten, check: Callable[[Bench], object] | None = None
 ) -> EvalMethod:
+    """A method that shortens passages, which are then read at new positions."""
     run = partial(_on_prompt, shorten)
     return EvalMethod(name, "prompt", run, check, partial(_kept, shorten))
 
@@ -232,7 +233,7 @@ def _by_specpc(name: str, options: SpecPC) -> EvalMethod:
         if options.semantic_weight and options.embedder is not None:
             load_embedder(options.embedder)
 
-    made = _placed if options.positions == "keep" else _prompt
+    made = _placed if options.positions == "keep" else prompt_method
     return made(name, partial(_specpc, options), check)
 
 
@@ -255,17 +256,17 @@ def _listed() -> tuple[EvalMethod, ...]:
         _by_specpc("specpc-keep", SpecPC(positions="keep")),
         _by_specpc("specpc-2026-11", SpecPC.preset("2026-11")),
         _placed("specprefill", _specprefill),
-        _prompt("perplexity", _surprise),
-        _prompt("contrastive-perplexity", _contrast),
-        _prompt("bm25-sentences", partial(sentences, bm25)),
-        _prompt("bm25-turns", partial(sentences, bm25, turns=True)),
-        _prompt("bm25-passages", partial(passages, bm25)),
-        _prompt("tfidf-sentences", partial(sentences, scorers.tfidf), sklearn),
-        _prompt("lsa-sentences", partial(sentences, scorers.lsa), sklearn),
-        _prompt("head", partial(truncated, truncation_head)),
-        _prompt("tail", partial(truncated, truncation_tail)),
-        _prompt("middle", partial(truncated, truncation_middle)),
-        _prompt("random-sentences", at_random),
+        prompt_method("perplexity", _surprise),
+        prompt_method("contrastive-perplexity", _contrast),
+        prompt_method("bm25-sentences", partial(sentences, bm25)),
+        prompt_method("bm25-turns", partial(sentences, bm25, turns=True)),
+        prompt_method("bm25-passages", partial(passages, bm25)),
+        prompt_method("tfidf-sentences", partial(sentences, scorers.tfidf), sklearn),
+        prompt_method("lsa-sentences", partial(sentences, scorers.lsa), sklearn),
+        prompt_method("head", partial(truncated, truncation_head)),
+        prompt_method("tail", partial(truncated, truncation_tail)),
+        prompt_method("middle", partial(truncated, truncation_middle)),
+        prompt_method("random-sentences", at_random),
     )
 
 
@@ -327,7 +328,7 @@ def _find(name: str) -> EvalMethod:
     prefix, _, model = name.partition(":")
     if prefix in EMBEDDED:
         load = cache(lambda: EMBEDDED[prefix](scorers.embedding(model)))
-        return _prompt(name, lambda case, share: load()(case, share), lambda _: load())
+        return prompt_method(name, lambda case, share: load()(case, share), lambda _: load())
     if name.startswith(OPTIONS):
         return _by_specpc(name, _options(SpecPC, OPTIONS, name))
     if name.startswith(CACHE_OPTIONS):

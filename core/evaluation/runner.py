@@ -264,6 +264,23 @@ def _record(
         logger.warning("%s on %s: %s", method.name, item.id, error)
         nothing = None if method.keep is None else tuple(() for _ in item.passages)
         done = Run("", 0, 0, nothing, 0.0, 0.0)
+    return score_run(case, method.name, budget, done, draft_correct, error)
+
+
+def score_run(
+    case: Case, method: str, budget: float, done: Run, draft_correct: bool | None, error: str | None
+) -> Record:
+    """What a method did, as a record.
+
+    Args:
+        case: The item.
+        method: Its name.
+        budget: What it was given.
+        done: What it did.
+        draft_correct: As in `Record`.
+        error: Why it did not, if so.
+    """
+    item = case.item
     score = (score_spoken if case.spoken else score_answer)(item, done.text)
     reading, full = done.reading, None if done.reading is None else case.full_reading()
     alive = None if done.kept is None else survival(item, done.kept)
@@ -273,7 +290,7 @@ def _record(
         length=item.length,
         question_first=item.question_first,
         depth=item.depth,
-        method=method.name,
+        method=method,
         budget=budget,
         answer=done.text,
         correct=score.correct and error is None,

@@ -25,6 +25,7 @@ from common import (
     removed_share_overall,
 )
 from kvpress import AdaKVPress, ExpectedAttentionPress, KVzipPress, SnapKVPress
+from reading import compared, expected_answer
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
@@ -51,36 +52,59 @@ def main() -> None:
         cells = [(WHOLE, 1.0, len(row["ids"]))]
         for wanted in row["budgets"]:
             cells += [(m, wanted["budget"], wanted["entries"]) for m in (*ASKED, *UNASKED)]
-        for method, budget, entries in cells:
-            if (row["id"], method, budget) not in done:
-                said = run(model, tokenizer, row, method, entries)
-                append_row(Path(out), {"id": row["id"], "method": method, "budget": budget, **said})
+        missing = [cell for cell in cells if (row["id"], *cell[:2]) not in done]
+        full: torch.Tensor | None = None
+        if missing and row["reference"]:
+            full = run(model, tokenizer, {**row, "max_new_tokens": 0}, *cells[0][::2])[1]
+        for method, budget, entries in missing:
+            said, expected = run(model, tokenizer, row, method, entries)
+            if full is not None and expected is not None:
+                said |= compared(full, expected, row["reference"])
+            append_row(Path(out), {"id": row["id"], "method": method, "budget": budget, **said})
 
 
 def run(
     model: Any, tokenizer: Any, row: dict[str, Any], method: str, entries: int
-) -> dict[str, Any]:
-    """One answer, with the entries a head that were really kept, on average."""
+) -> tuple[dict[str, Any], torch.Tensor | None]:
+    """One answer, with the entries a head that were really kept, on average.
+
+    Returns:
+        It, and (reference, vocabulary) logarithms of probabilities at the reference's tokens.
+    """
     began = time.perf_counter()
     ids = torch.tensor([row["ids"]])  # (1, tokens)
     try:
-        said, kept = answer(
-            model, method, ids, row["question_start"], entries, row["max_new_tokens"]
+        said, kept, expected, reading = answer(
+            model,
+            method,
+            ids,
+            row["question_start"],
+            entries,
+            row["max_new_tokens"],
+            row["reference"],
         )
     except REFUSALS as error:
-        return {"error": f"{type(error).__name__}: {error}"}
+        return {"error": f"{type(error).__name__}: {error}"}, None
     text = tokenizer.decode(said, skip_special_tokens=True)
-    return {"text": text, "entries": kept, "seconds": round(time.perf_counter() - began, 4)}
+    seconds = round(time.perf_counter() - began - reading, 4)
+    return {"text": text, "entries": kept, "seconds": seconds}, expected
 
 
 @torch.no_grad()
 def answer(
-    model: Any, method: str, ids: torch.Tensor, question: int, entries: int, most: int
-) -> tuple[list[int], float]:
+    model: Any,
+    method: str,
+    ids: torch.Tensor,
+    question: int,
+    entries: int,
+    most: int,
+    reference: list[int],
+) -> tuple[list[int], float, torch.Tensor | None, float]:
     """Greedy answer from a compressed cache, at original positions.
 
     Returns:
-        The answer's ids, and the entries a head held when the last prompt token was fed.
+        The answer's ids; the entries a head held when the last prompt token was fed; what is
+        expected at the reference's tokens, if there are any; and the seconds that this took.
     """
     tokens, cache = ids.shape[1], DynamicCache()
     read = question if method in UNASKED else tokens - 1
@@ -96,6 +120,10 @@ def answer(
             model.model(input_ids=ids[:, :read], past_key_values=cache)
     held = held_entries(model, cache) + tokens - 1 - read
     feed, position, said = ids[:, read:], torch.arange(read, tokens).unsqueeze(0), []
+    began, expected = time.perf_counter(), None
+    if reference:
+        expected = expected_answer(model, cache, feed, read, reference)
+    reading = time.perf_counter() - began
     ends = model.generation_config.eos_token_id
     ends = ends if isinstance(ends, list) else [ends]
     for _ in range(most):
@@ -105,7 +133,7 @@ def answer(
         said.append(int(feed))
         if said[-1] in ends:
             break
-    return said, held
+    return said, held, expected, reading
 
 
 def press(model: Any, method: str, kept: int, read: int) -> Any:

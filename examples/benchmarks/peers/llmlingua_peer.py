@@ -1,7 +1,8 @@
 """LLMLingua 0.2.2 (transformers 4) on prompts from a file; `run.py` calls it in its environment.
 
-LongLLMLingua's settings as its README gives them, with draftsieve's draft as the small model. Three
-things differ, each so that it can be compared at all:
+LongLLMLingua's settings as its README gives them, LLMLingua's as its code has them by default (it
+does not look at the question), with draftsieve's draft as the small model. Three things differ,
+each so that it can be compared at all:
 
 - Which tokens stay is recorded, and every passage gets its own back; LLMLingua returns one text, in
   which nothing tells passages apart. So passages also keep their order (`reorder_context`).
@@ -36,15 +37,17 @@ from common import (
 from llmlingua import PromptCompressor
 from tqdm import tqdm
 
-METHOD = "longllmlingua"
-OPTIONS = {
-    "condition_in_question": "after_condition",
-    "reorder_context": "original",
-    "dynamic_context_compression_ratio": 0.3,
-    "condition_compare": True,
-    "context_budget": "+100",
-    "rank_method": "longllmlingua",
-    "concate_question": False,
+METHODS: dict[str, dict[str, Any]] = {
+    "longllmlingua": {
+        "condition_in_question": "after_condition",
+        "reorder_context": "original",
+        "dynamic_context_compression_ratio": 0.3,
+        "condition_compare": True,
+        "context_budget": "+100",
+        "rank_method": "longllmlingua",
+        "concate_question": False,
+    },
+    "llmlingua": {"concate_question": False},
 }
 SEGMENTS, TRIES = (200, 100, 50), 5  # LLMLingua's iterative_size (first the default), and targets
 SEPARATOR = "\n\n"  # LLMLingua joins passages by it
@@ -57,10 +60,10 @@ def main() -> None:
     compressor = Tracing(name)
     done = finished(read_rows(Path(out)))
     for row in tqdm(read_rows(Path(prompts)), "llmlingua"):
-        for wanted in row["budgets"]:
-            if (row["id"], METHOD, wanted["budget"]) not in done:
-                found = fit(compressor, row, wanted["passage_tokens"])
-                what = {"id": row["id"], "method": METHOD, "budget": wanted["budget"]}
+        for method, wanted in product(METHODS, row["budgets"]):
+            if (row["id"], method, wanted["budget"]) not in done:
+                found = fit(compressor, row, wanted["passage_tokens"], method)
+                what = {"id": row["id"], "method": method, "budget": wanted["budget"]}
                 append_row(Path(out), {**what, **found})
 
 
@@ -77,7 +80,9 @@ class Tracing(PromptCompressor):
         """Tokens of a text."""
         return len(self.tokenizer(text, add_special_tokens=False).input_ids)
 
-    def shorten(self, row: dict[str, Any], target: int, segment: int) -> dict[str, Any]:
+    def shorten(
+        self, row: dict[str, Any], target: int, segment: int, options: dict[str, Any]
+    ) -> dict[str, Any]:
         """Shortened passages, the kept characters of each, tokens kept, and seconds."""
         began = time.perf_counter()
         passages = row["passages"]
@@ -87,7 +92,7 @@ class Tracing(PromptCompressor):
             question=row["question"],
             target_token=target,
             iterative_size=segment,
-            **OPTIONS,
+            **options,
         )
         lengths = [len(passages[index]) for index in self.used]
         ids: list[list[int]] = [[] for _ in passages]
@@ -108,7 +113,10 @@ class Tracing(PromptCompressor):
         return found
 
     def iterative_compress_prompt(self, context: list[str], *args: Any, **options: Any) -> Any:
-        """Note the characters of every token that stays; `context` begins with the question."""
+        """Note the characters of every token that stays.
+
+        Where the question conditions it, `context` begins with the question, `start` tokens long.
+        """
         encoded = self.tokenizer(
             SEPARATOR.join(context), add_special_tokens=False, return_offsets_mapping=True
         )
@@ -119,7 +127,7 @@ class Tracing(PromptCompressor):
         if self.ids != found[0][0].tolist():
             raise RuntimeError("the traced tokens are not those that LLMLingua returned")
         self.bounds = [encoded.offset_mapping[place] for place in places]
-        self.first = len(context[0]) + len(SEPARATOR)
+        self.first = len(context[0]) + len(SEPARATOR) if options["start"] else 0
         return found
 
     def get_compressed_input(
@@ -135,19 +143,20 @@ class Tracing(PromptCompressor):
         return drop(loss, input_ids, attention_mask, end, **options)
 
 
-def fit(compressor: Tracing, row: dict[str, Any], budget: int) -> dict[str, Any]:
+def fit(compressor: Tracing, row: dict[str, Any], budget: int, method: str) -> dict[str, Any]:
     """What fills the budget best; `asked` is what came when the budget itself was asked for."""
     tried: list[dict[str, Any]] = []
     target = budget
     try:
         for segment, attempt in product(SEGMENTS, range(TRIES)):
             target = next_target(target, tried[-1]["tokens"], budget) if attempt else budget
-            tried.append(compressor.shorten(row, target, segment))
+            tried.append(compressor.shorten(row, target, segment, METHODS[method]))
             if FILLED * budget <= tried[-1]["tokens"] <= budget:
                 break
     except REFUSALS as error:
         if not tried:
-            return {"error": f"{type(error).__name__}: {error}"}
+            nothing: list[Any] = [[] for _ in row["passages"]]
+            return {"error": f"{type(error).__name__}: {error}", "kept": nothing}
     best = tried[closest([found["tokens"] for found in tried], budget)]
     probe = round(float(compressor.get_ppl(row["passages"][0])), 4)
     how = {"wanted": budget, "asked": tried[0]["tokens"], "tries": len(tried), "surprise": probe}

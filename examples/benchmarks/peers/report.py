@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
 
+from draftsieve.core.evaluation.kept_summary import kept_markdown
 from draftsieve.core.evaluation.records import Record
 from draftsieve.core.evaluation.summary import difference, interval, markdown, table
-from draftsieve.core.evaluation.tasks import NATURAL
+from draftsieve.core.evaluation.tasks import NATURAL, is_real
 
 WHOLE, OUR_WHOLE = "kvpress-none", "none"
 
@@ -19,6 +20,7 @@ def report(
     checks: Sequence[str],
     reference: str,
     survival_reference: str,
+    kept_only: bool = False,
 ) -> str:
     """Accuracy, survival, checks.
 
@@ -28,11 +30,15 @@ def report(
         checks: What tells whether the comparison is fair.
         reference: The method that accuracies are compared with.
         survival_reference: The method that the survival of evidence is compared with.
+        kept_only: Nothing was answered; then that is the only reference.
     """
     budgets = {record.budget for record in peers} | {1.0}
     shown = [*(record for record in ours if record.budget in budgets), *peers]
-    parts = [markdown(shown, reference=reference, title="With peers").rstrip()]
-    if survived := survival_table(shown, survival_reference):
+    if kept_only:
+        parts = [kept_markdown(shown, reference=survival_reference, title="With peers").rstrip()]
+    else:
+        parts = [markdown(shown, reference=reference, title="With peers").rstrip()]
+    if not kept_only and (survived := survival_table(shown, survival_reference)):
         parts += ["## Evidence kept by methods on prompts", survived]
     if checks:
         parts += ["## Checks", "\n".join(f"- {line}" for line in checks)]
@@ -41,21 +47,26 @@ def report(
 
 def survival_table(records: Sequence[Record], reference: str) -> str:
     """Share of items whose evidence is kept, character for character; "" if nothing is known."""
-    cells: dict[tuple[bool, int, float, str], list[Record]] = {}
+    cells: dict[tuple[str, int, float, str], list[Record]] = {}
     for record in records:
         if record.survived is not None:
-            cell = (record.task == NATURAL, record.length, record.budget, record.method)
+            cell = (_items(record.task), record.length, record.budget, record.method)
             cells.setdefault(cell, []).append(record)
     rows = []
     for cell, own in sorted(cells.items(), key=lambda known: known[0][:3]):
-        natural, length, budget, method = cell
-        base = cells.get((natural, length, budget, reference), [])
+        kind, length, budget, method = cell
+        base = cells.get((kind, length, budget, reference), [])
         gap = "" if method == reference else difference(own, base, lambda r: bool(r.survived))
-        kind, tokens = "SQuAD" if natural else "generated", fmean(r.prompt_tokens for r in own)
+        tokens = fmean(r.prompt_tokens for r in own)
         size = (kind, str(length), f"{budget:g}", method, f"{tokens:.0f}", str(len(own)))
         rows.append((*size, interval([bool(r.survived) for r in own]), gap))
     head = ("items", "length", "budget", "method", "tokens read", "n", "evidence kept")
     return table((*head, f"minus {reference}"), rows) if rows else ""
+
+
+def _items(task: str) -> str:
+    """How the items of a task are called."""
+    return task if is_real(task) else "SQuAD" if task == NATURAL else "generated"
 
 
 def same_answers(ours: Sequence[Record], peers: Sequence[Record]) -> list[str]:

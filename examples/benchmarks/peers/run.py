@@ -18,7 +18,7 @@ import logging
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,8 @@ from tqdm import tqdm
 
 from draftsieve import SpecKV
 from draftsieve.core.errors import ConfigError
-from draftsieve.core.evaluation.metrics import score_answer, survival
+from draftsieve.core.evaluation.baselines import Kept
+from draftsieve.core.evaluation.methods import Run, prompt_method
 from draftsieve.core.evaluation.records import (
     DESCRIPTION,
     ITEMS,
@@ -38,10 +39,11 @@ from draftsieve.core.evaluation.records import (
     read_records,
     write_lines,
 )
-from draftsieve.core.evaluation.shared import Bench, Case
+from draftsieve.core.evaluation.runner import score_run
+from draftsieve.core.evaluation.shared import NO_TARGET, Bench, Case
 from draftsieve.core.evaluation.surprise import token_surprise
 from draftsieve.core.evaluation.tasks import EvalItem
-from draftsieve.core.models.loading import load_model
+from draftsieve.core.models.loading import LoadedModel, load_model
 from draftsieve.core.models.names import resolve
 from draftsieve.core.speckv.evict import token_capacity
 
@@ -65,14 +67,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     prompts = folder / "prompts.jsonl"
     write_lines(prompts, (prompt_row(bench, item, options.budget) for item in items.values()))
     for peer in PEERS:
-        if peer.name in options.only:
+        if peer.name in options.only and described[peer.model] == NO_TARGET:
+            logger.warning("%s is skipped: the results are of a run without a target", peer.name)
+        elif peer.name in options.only:
             run_or_skip(peer, options.environments, prompts, resolve(described[peer.model]), folder)
 
     answers = [row for peer in PEERS for row in read_rows(folder / f"{peer.name}.jsonl")]
     answers = [r for r in answers if r["id"] in items and r["budget"] in (1.0, *options.budget)]
     draft_right = {record.item: record.draft_correct for record in ours}
     found = [
-        record(bench, items[row["id"]], row, draft_right.get(row["id"]))
+        record(bench.open(items[row["id"]]), row, draft_right.get(row["id"]))
         for row in tqdm(answers, "scoring")
     ]
     write_lines(results / RECORDS, (asdict(one) for one in found))
@@ -81,7 +85,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         *same_draft(bench, items, answers),
         *asked_and_got(answers),
     ]
-    text = report(ours, found, checks, options.reference, options.survival_reference)
+    kept_only = bool(described.get("kept_only"))
+    text = report(ours, found, checks, options.reference, options.survival_reference, kept_only)
     (results / REPORT).write_text(text, encoding="utf-8")
     print(text, end="")
     return 0
@@ -102,7 +107,8 @@ def prompt_row(bench: Bench, item: EvalItem, budgets: Sequence[float]) -> Row:
     """What a peer is told of an item.
 
     `entries` is what SpecKV keeps of the tokens before the last one, `passage_tokens` what methods
-    on prompts may keep of the passages; `question_start` is the first token behind the passages.
+    on prompts may keep of the passages; `question_start` is the first token behind the passages;
+    `reference` is the reference answer where the target reads it, else empty.
     """
     case = bench.open(item)
     tokens = bench.encoder.encode(case.prompt)
@@ -115,6 +121,7 @@ def prompt_row(bench: Bench, item: EvalItem, budgets: Sequence[float]) -> Row:
         "question": item.question,
         "passages": list(item.passages),
         "max_new_tokens": bench.generation.max_new_tokens,
+        "reference": bench.encoder.encode_text(item.reference) if case.spoken else [],
         "budgets": [
             {
                 "budget": budget,
@@ -126,63 +133,33 @@ def prompt_row(bench: Bench, item: EvalItem, budgets: Sequence[float]) -> Row:
     }
 
 
-def record(bench: Bench, item: EvalItem, row: Row, draft_right: bool | None) -> Record:
-    """Score what a peer did; shortened passages are first answered by our target."""
-    case = bench.open(item)
-    done: Mapping[str, Any]
-    if "error" in row:
-        done = _done("", 0, 0, 0.0, 0.0)
-    elif "text" in row:
-        whole = len(bench.encoder.encode(case.prompt))
-        done = _done(row["text"], whole, round(row["entries"]), 0.0, row["seconds"])
+def record(case: Case, row: Row, draft_right: bool | None) -> Record:
+    """Score what a peer did; shortened passages are first answered by our target, if there is one.
+
+    A peer that refused has kept nothing of the passages, where it works on them.
+    """
+    error, name, budget = row.get("error"), row["method"], row["budget"]
+    if "texts" in row:
+        done = _answered_by_target(case, row)
     else:
-        done = _answered_by_target(bench, case, row)
-    score = score_answer(item, done["answer"])
-    return Record(
-        item=item.id,
-        task=item.task,
-        length=item.length,
-        question_first=item.question_first,
-        depth=item.depth,
-        method=row["method"],
-        budget=row["budget"],
-        correct=score.correct and "error" not in row,
-        recall=score.recall,
-        f1=score.f1,
-        full_tokens=len(case.tokens),
-        draft_correct=draft_right,
-        error=row.get("error"),
-        **done,
-    )
+        kept = None if "kept" not in row else _spans(row)
+        whole = len(case.bench.encoder.encode(case.prompt)) if error is None else 0
+        entries = round(row.get("entries", 0))
+        done = Run(row.get("text", ""), whole, entries, kept, 0.0, row.get("seconds", 0.0))
+    made = score_run(case, name, budget, done, draft_right, error)
+    known = {key: row[key] for key in ("log_likelihood", "divergence") if key in row}
+    return replace(made, **known)
 
 
-def _answered_by_target(bench: Bench, case: Case, row: Row) -> Mapping[str, Any]:
-    answer = case.answer(case.prompt.with_texts(row["texts"]), None, shared=False)
-    kept = tuple(tuple(map(tuple, spans)) for spans in row["kept"])
-    alive = survival(case.item, kept) or (None, None)
-    seconds = answer.timings.get("prefill", 0.0) + answer.timings.get("decode", 0.0)
-    tokens = answer.usage.prompt_tokens
-    return _done(answer.text, tokens, tokens, row["seconds"], seconds, *alive)
+def _answered_by_target(case: Case, row: Row) -> Run:
+    method = prompt_method(row["method"], lambda *_: (_spans(row), row["texts"]))
+    act = method.keep if case.bench.names["target"] == NO_TARGET else method.run
+    assert act is not None  # methods on prompts keep text
+    return replace(act(case, row["budget"]), draft_seconds=row["seconds"])
 
 
-def _done(
-    answer: str,
-    prompt: int,
-    cache: int,
-    draft: float,
-    target: float,
-    survived: bool | None = None,
-    sentences: bool | None = None,
-) -> Mapping[str, Any]:
-    return {
-        "answer": answer,
-        "prompt_tokens": prompt,
-        "cache_tokens": cache,
-        "draft_seconds": round(draft, 4),
-        "target_seconds": round(target, 4),
-        "survived": survived,
-        "sentences_survived": sentences,
-    }
+def _spans(row: Row) -> Kept:
+    return tuple(tuple((start, end) for start, end in spans) for spans in row["kept"])
 
 
 def same_draft(bench: Bench, items: Mapping[str, EvalItem], answers: Sequence[Row]) -> list[str]:
@@ -196,6 +173,10 @@ def same_draft(bench: Bench, items: Mapping[str, EvalItem], answers: Sequence[Ro
     return [f"Mean surprise of the first passage: {theirs:.4f} in LLMLingua, {own:.4f} in ours."]
 
 
+def _loaded(name: str) -> LoadedModel:
+    return load_model(name, progress=False)
+
+
 def _bench(described: Row) -> Bench:
     """The pair of a run.
 
@@ -203,8 +184,8 @@ def _bench(described: Row) -> Bench:
         ConfigError: Its weights have changed since.
     """
     bench = Bench(
-        load_model(described["target"], progress=False),
-        load_model(described["draft"], progress=False),
+        None if described["target"] == NO_TARGET else _loaded(described["target"]),
+        _loaded(described["draft"]),
         max_new_tokens=described["max_new_tokens"],
     )
     if bench.weights != described["weights"]:
