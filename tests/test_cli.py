@@ -601,6 +601,11 @@ def test_a_ratio_is_what_is_left_in_the_end() -> None:
         ),
         ("--method speckv --capacity 64", SpecKV(capacity=64)),
         (
+            "--method speckv --preset 2026-12 --ratio 0.2 --set pool=none",
+            SpecKV.preset("2026-12", ratio=0.2, pool=None),
+        ),
+        ("--method speckv --preset paper", SpecKV(ratio=0.35)),
+        (
             "--method speckv --set scorer=snapkv --set seed=3",
             SpecKV(ratio=0.35, scorer="snapkv", seed=3),
         ),
@@ -642,7 +647,7 @@ def test_every_option_can_be_set(arguments: str, expected: Method | None) -> Non
         ("--set unit=line", "'token', 'word', 'sentence' or 'passage'"),
         ("--set unit", "say NAME=VALUE"),
         ("--preset 2020-01", "no preset '2020-01'"),
-        ("--method speckv --preset 2026-11", "only SpecPC has presets"),
+        ("--method speckv --preset 2026-11", "no preset '2026-11' of SpecKV"),
         ("--set capacity=5 --set ratio=0.5", "exclude each other"),
         ("--method speckv --set kernel_size=4", "must be odd"),
         ("--method speckv-pc --capacity 512", "give both"),

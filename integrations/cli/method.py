@@ -50,8 +50,8 @@ a size in place of a share. specpc: draft tokens of the whole prompt. speckv: en
 attention head's cache, for the whole prompt.
 """
 _PRESET = """\
-which options of specpc others are changed from: a preset, or "paper" for those of the paper
-(default: {preset}, which keeps whole sentences)
+which options others are changed from: a preset of specpc, with speckv alone one of its own, or
+"paper" for those of the paper (default: {preset}, which keeps whole sentences; speckv: paper)
 """
 _EMBEDDER = """\
 a model for sentence embeddings, a folder in sentence-transformers' form or a hub id, for a second
@@ -106,17 +106,14 @@ def read_method(arguments: argparse.Namespace) -> Method | None:
     if not stages:
         return None
     given = _given(arguments.options, stages)
-    if arguments.preset is not None and "specpc" not in stages:
-        raise ConfigError("--preset: only SpecPC has presets, which --method speckv does not use.")
     _add_budgets(given, arguments.ratio, arguments.capacity)
-    preset = arguments.preset or NEWEST_PRESET
+    preset = arguments.preset or (NEWEST_PRESET if "specpc" in stages else PAPER)
     _add_embedder(given, preset, arguments.embedder, arguments.semantic_weight)
     made: dict[str, Any] = {}
     for stage, options in given.items():
-        if stage == "specpc" and preset != PAPER:
-            made[stage] = SpecPC.preset(preset, **options)
-        else:
-            made[stage] = _OPTIONS[stage](**options)
+        kind = _OPTIONS[stage]
+        plain = preset == PAPER or stage != stages[0]  # of two stages the first has the preset
+        made[stage] = kind(**options) if plain else kind.preset(preset, **options)
     if len(made) == 2:
         return SpecKVPC(**made)
     method: SpecPC | SpecKV = made.popitem()[1]
