@@ -228,6 +228,18 @@ def test_the_report_shows_differences_kinds_and_sides() -> None:
     assert "+50.0 [+0.0, +100.0]" in kept
 
 
+def test_kinds_show_what_is_kept_of_marked_and_of_free_answers() -> None:
+    marked = [record("a", "head", 0.5, kind="x", survived=True, words_kept=None)]
+    free = [record("b", "head", 0.5, kind="y", words_kept=0.25, recall=0.0)]
+    report = markdown([*marked, *free], reference="head", title="t")
+    _, found = report.split("Answers kept, by kind of question:")
+    assert "| method | budget | x (1) | y (1) |" in found
+    assert "| head | 0.5 | 100.0 | 25.0 |" in found
+    assert "answer's words kept" in report
+    nothing = [replace(r, survived=None, words_kept=None) for r in (*marked, *free)]
+    assert "Answers kept" not in markdown(nothing, reference="head", title="t")
+
+
 def test_items_say_how_they_are_read() -> None:
     item = make_item("all-values", 300, 0, bench().draft.count_tokens)
     assert item.reference == ", ".join(item.answers)

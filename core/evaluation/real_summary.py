@@ -40,7 +40,7 @@ def real_sections(records: Sequence[Record], reference: str) -> list[str]:
         parts += _on_the_cache(own, reference)
         if len({record.kind for record in own}) > 1:
             parts += ["Answers contained, by kind of question:", kind_table(own)]
-            if any(record.survived is not None for record in own):
+            if _values(own, kept=True):
                 parts += ["Answers kept, by kind of question:", kind_table(own, kept=True)]
         for right, word in _SIDES.items():
             if side := [record for record in own if record.draft_correct is right]:
@@ -110,7 +110,10 @@ def real_table(records: Sequence[Record], reference: str) -> str:
 
 
 def kind_table(records: Sequence[Record], *, kept: bool = False) -> str:
-    """Share of answers that contain what was wanted, or are kept; one column a kind of question."""
+    """Share of answers that contain what was wanted; one column a kind of question.
+
+    With `kept` the share that is kept, of references in free text that of their words.
+    """
     kinds = list(dict.fromkeys(record.kind for record in records))
     counts = {kind: len({r.item for r in records if r.kind == kind}) for kind in kinds}
     head = ("method", "budget", *(f"{kind} ({counts[kind]})" for kind in kinds))
@@ -126,6 +129,7 @@ def kind_table(records: Sequence[Record], *, kept: bool = False) -> str:
 
 
 def _values(records: Sequence[Record], kept: bool) -> list[float]:
-    if kept:
-        return [record.survived for record in records if record.survived is not None]
-    return [record.recall for record in records]
+    if not kept:
+        return [record.recall for record in records]
+    found = (r.words_kept if r.survived is None else r.survived for r in records)
+    return [value for value in found if value is not None]
