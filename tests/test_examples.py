@@ -105,6 +105,17 @@ def test_figures_of_the_event_loop_are_printed(small: Benchmark) -> None:
     assert all(float(seconds) > 0 for _, seconds in rows)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_what_agents_do_is_counted(small: Benchmark) -> None:
+    said = small("agents", "--target", "builtin:target", "--questions", "1")
+    rows = [line.split("|")[2:7] for line in said.splitlines() if line.startswith("| `")]
+    assert len(rows) == 6
+    for way, called, right, whole, _ in rows:
+        assert int(whole) <= int(right) <= int(called) <= 1
+        if "listed" in way:  # the grammar leaves no other calls
+            assert int(called) == 1
+
+
 @pytest.mark.parametrize("pair", ["bundled", "random"])
 def test_figures_of_concurrent_streams_are_printed(small: Benchmark, pair: str) -> None:
     few = ("--requests", "2", "--tokens", "120", "--new-tokens", "4", "--repeats", "1")
