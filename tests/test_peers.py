@@ -264,6 +264,14 @@ def test_survival_is_compared_item_by_item() -> None:
     assert report.survival_table([_record("0", "none", survived=None)], "specpc") == ""
 
 
+def test_the_first_items_are_those_of_each_task_and_length() -> None:
+    cells = [("a", 1), ("a", 1), ("b", 1), ("a", 2), ("a", 1), ("b", 1)]
+    rows = [{"id": n, "task": task, "length": length} for n, (task, length) in enumerate(cells)]
+    assert [row["id"] for row in peers_run.first_of_each(rows, 1)] == [0, 2, 3]
+    assert [row["id"] for row in peers_run.first_of_each(rows, 2)] == [0, 1, 2, 3, 5]
+    assert peers_run.first_of_each(rows, None) == rows
+
+
 def test_what_llmlingua_kept_when_asked_is_told() -> None:
     rows = [
         {"budget": 0.25, "asked": a, "tokens": t, "wanted": 100} for a, t in ((150, 90), (250, 104))

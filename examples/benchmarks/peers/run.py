@@ -17,6 +17,7 @@ import json
 import logging
 import sys
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -59,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     results, folder = options.results, options.results / "peers"
     described = json.loads((results / DESCRIPTION).read_text(encoding="utf-8"))
     bench = _bench(described)
-    rows = read_rows(results / ITEMS)[: options.items]
+    rows = first_of_each(read_rows(results / ITEMS), options.items)
     items = {row["id"]: EvalItem.from_json(row) for row in rows}
     ours = [record for record in read_records(results / RESULTS) if record.item in items]
 
@@ -90,6 +91,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     (results / REPORT).write_text(text, encoding="utf-8")
     print(text, end="")
     return 0
+
+
+def first_of_each(rows: Sequence[Row], count: int | None) -> list[Row]:
+    """The first items of each task and length; all of them if no number is given."""
+    seen: Counter[tuple[str, int]] = Counter()
+    found = []
+    for row in rows:
+        seen[row["task"], row["length"]] += 1
+        if count is None or seen[row["task"], row["length"]] <= count:
+            found.append(row)
+    return found
 
 
 def run_or_skip(peer: Peer, environments: Path, prompts: Path, model: str, folder: Path) -> None:
@@ -200,7 +212,7 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--results", type=Path, required=True, help="folder of draftsieve eval")
     parser.add_argument("--budget", type=float, nargs="+", default=[0.125])
-    parser.add_argument("--items", type=int, help="only the first items")
+    parser.add_argument("--items", type=int, help="only the first of each task and length")
     parser.add_argument("--reference", default="none", help="differences are against this method")
     parser.add_argument("--survival-reference", default="specpc", help="and those of survival")
     parser.add_argument(
