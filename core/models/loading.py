@@ -34,6 +34,7 @@ from .footprint import explain_out_of_memory, footprint, is_out_of_memory
 from .gguf import gguf_tokenizer, load_gguf
 from .gguf_file import find_gguf, read_gguf
 from .hub import hub_obstacle
+from .int8 import to_int8
 from .names import missing, resolve
 
 logger = logging.getLogger(__name__)
@@ -96,10 +97,12 @@ def load_model(
         "attn_implementation": attn_implementation,
     }
     on_cpu = torch.device(place).type == "cpu"
+    by_torch = isinstance(quantization, Quantization) and quantization.backend == "torch"
     if quantization is not None:
         if on_cpu and options["dtype"] == "auto":
             options["dtype"] = torch.float32
-        options["quantization_config"] = _quantization_config(quantization, options["dtype"])
+        if not by_torch:
+            options["quantization_config"] = _quantization_config(quantization, options["dtype"])
     obstacle = None if Path(source).exists() else hub_obstacle()
     files: dict[str, Any] = {"revision": revision, "local_files_only": obstacle is not None}
     where = {**files, "trust_remote_code": trust_remote_code}
@@ -119,6 +122,8 @@ def load_model(
                 options["dtype"] = _cpu_dtype(config, trust_remote_code)
             tokenizer = AutoTokenizer.from_pretrained(source, **where)
             model = AutoModelForCausalLM.from_pretrained(source, **where, **options)
+        if by_torch:
+            to_int8(model)
     accept(model)
     logger.info("Loaded %s on %s, %.0f MB", name, place, footprint(model) / 1e6)
     return LoadedModel(model, tokenizer, str(name))

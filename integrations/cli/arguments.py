@@ -64,6 +64,7 @@ def weights(text: str) -> Quantization:
         "nf4": Quantization(bits=4),
         "int8": Quantization(bits=8),
         "torchao": Quantization(bits=8, backend="torchao"),
+        "torch": Quantization(bits=8, backend="torch"),
     }
     if text not in known:
         raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(known)}")

@@ -62,7 +62,8 @@ def add_eval(commands: Any) -> None:
         "--draft-quantization",
         type=weights,
         metavar="KIND",
-        help="quantise the draft: nf4, int8, or torchao (8 bits, closer to the unquantised model)",
+        help="quantise the draft: nf4, int8, torchao (8 bits, closer to the unquantised model), or "
+        "torch (8 bits, fast on a CPU)",
     )
     pair = line.add_argument_group("prompt and answer")
     pair.add_argument("--max-new-tokens", type=count, default=64, metavar="N")
