@@ -23,12 +23,23 @@ PositiveInt = Annotated[int, Field(ge=1, strict=True)]
 
 
 _PRESETS: dict[str, dict[str, Any]] = {
-    "2026-11": {"unit": "sentence", "lookahead_tokens": 16, "lexical_weight": 0.25}
+    "2026-11": {"unit": "sentence", "lookahead_tokens": 16, "lexical_weight": 0.25},
+    "2026-12": {
+        "unit": "sentence",
+        "unit_score": "mean",
+        "head_weights": "auto",
+        "passages_apart": True,
+        "passage_weight": 0.5,
+        "likelihood_weight": 0.5,
+        "semantic_weight": 0.5,
+    },
 }
-NEWEST_PRESET = "2026-11"
+NEWEST_PRESET = "2026-12"
+_UNCALIBRATED = "2026-11"  # stands for the newest where no weights of the draft's heads are known
 _CACHE_PRESETS: dict[str, dict[str, Any]] = {"2026-12": {"lookahead_sentences": 1}}
 SEMANTIC_WEIGHT = 0.5
 """What an embedder counts that is given without a weight, beside a preset that has none."""
+_SHARES = ("semantic_weight", "passage_weight", "likelihood_weight")
 _SMALL = ("token", "word")  # units that no second opinion is asked about
 
 
@@ -106,6 +117,14 @@ class SpecPC(Options):
             `embed_documents` and `embed_query`, or the folder (or hub id) of a model in
             sentence-transformers' form. Vectors are remembered while it lives. It takes no part
             in the hash.
+        passage_weight: Share in 0..1 of what a sentence counts that comes from the best sentence of
+            its passage, both as z-scores over the prompt's sentences (of the draft's scores the
+            logarithm): an answer stands where the rest of the passage fits too. Needs
+            `unit="sentence"`.
+        likelihood_weight: Share in 0..1 of what a sentence or passage counts that comes from how
+            likely the draft finds the question behind the passage alone (query likelihood, arXiv
+            2204.07496), as a z-score over sentences or passages. Needs `passages_apart=True`;
+            passages then go through all of the draft's layers.
         passage_floor: Units that every passage is sure of, its best ones, before all others
             compete; given out best first while the budget lasts.
         score_mass: Keep the best units only until they hold this share of the scores of all
@@ -113,8 +132,10 @@ class SpecPC(Options):
             what the budget holds.
         head_weights: Merge the draft's heads by weights that `draftsieve calibrate` has learned
             (Sentinel, arXiv 2505.23277) in place of `reduction` and `starting_layer`: "calibrated"
-            for the file beside the draft, or the path of one. Rows of a lookahead take no part.
-            None merges them as the paper does.
+            for the file beside the draft, or the one that the package carries for this model; or
+            the path of one. Rows of a lookahead take no part. None merges them as the paper does.
+            "auto" is "calibrated" where weights are known for the draft; with other drafts the
+            preset "2026-12" reads as "2026-11" does, which the log says once.
         passages_apart: Read each passage behind the prompt's beginning, without the others; what
             follows the passages sees all of them. Needs `lookahead_tokens=1` and a draft with full
             attention in every layer.
@@ -145,6 +166,8 @@ class SpecPC(Options):
     lexical_weight: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
     semantic_weight: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
     embedder: AnyEmbedder = None
+    passage_weight: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
+    likelihood_weight: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
     passage_floor: Annotated[int, Field(ge=0, strict=True)] = 0
     score_mass: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
     head_weights: str | Path | None = None
@@ -176,6 +199,16 @@ class SpecPC(Options):
                 f"semantic_weight={self.semantic_weight} asks an embedder about sentences or "
                 f'passages, but unit is "{self.unit}": set it to "sentence" or "passage".'
             )
+        if self.passage_weight and self.unit != "sentence":
+            raise ValueError(
+                f"passage_weight={self.passage_weight} is a share of what sentences count, but "
+                f'unit is "{self.unit}": set it to "sentence".'
+            )
+        if self.likelihood_weight and not (self.passages_apart and self.unit not in _SMALL):
+            raise ValueError(
+                f"likelihood_weight={self.likelihood_weight} asks about each passage alone: set "
+                'passages_apart=True, and unit to "sentence" or "passage".'
+            )
         if self.lexical_weight + self.semantic_weight > 1 + 1e-9:
             raise ValueError(
                 f"lexical_weight={self.lexical_weight} and semantic_weight={self.semantic_weight} "
@@ -205,10 +238,14 @@ class SpecPC(Options):
         """A dated combination for prompts with passages, beside the paper's settings.
 
         Args:
-            name: "2026-11": whole sentences, scored by the question and by 16 tokens of the
+            name: "2026-12": whole sentences by their mean attention in a few heads that find
+                evidence, mixed with the best of their passage and with how likely the question is
+                behind it; passages are read apart, nothing is guessed, and an embedder counts half
+                of a sentence's score where one is given. Chosen on Natural Questions
+                (docs/results.md). For drafts whose heads are not calibrated
+                it is "2026-11": whole sentences, scored by the question and by 16 tokens of the
                 draft's guessed answer, a quarter of the score being words in common with the
-                question. Chosen on generated questions and confirmed on others
-                (docs/results.md).
+                question. Chosen on generated questions and confirmed on others.
             changes: Options that differ from the preset, such as `ratio=0.3`.
 
         Raises:
@@ -217,9 +254,28 @@ class SpecPC(Options):
         if name not in _PRESETS:
             raise ConfigError(f"There is no preset {name!r}; there are: {sorted(_PRESETS)}.")
         chosen = {**_PRESETS[name], **changes}
-        if chosen.get("unit") in _SMALL and "semantic_weight" not in changes:
-            chosen.pop("semantic_weight", None)
+        unfit = {"token": _SHARES, "word": _SHARES, "passage": ("passage_weight",)}
+        for share in unfit.get(chosen["unit"], ()):
+            if share not in changes:
+                chosen.pop(share, None)
         return cls(**chosen)
+
+    def uncalibrated(self) -> SpecPC:
+        """What `head_weights="auto"` means for a draft whose heads have no weights.
+
+        Options as the newest preset has them become those of the preset that needs no weights.
+        """
+        newest, other = _PRESETS[NEWEST_PRESET], _PRESETS[_UNCALIBRATED]
+        usual = {name: field.default for name, field in type(self).model_fields.items()}
+        names = {*newest, *other} - {"semantic_weight"}
+        changed = {
+            name: other.get(name, usual[name])
+            for name in names
+            if getattr(self, name) == newest.get(name, usual[name])
+        }
+        if "lexical_weight" in changed:  # both opinions are shares of one score
+            changed["lexical_weight"] = min(changed["lexical_weight"], 1 - self.semantic_weight)
+        return self.model_copy(update=changed)
 
     @property
     def neighbors(self) -> int:
@@ -415,19 +471,20 @@ class Quantization(Options):
     Args:
         bits: 4 (nf4) or 8.
         double_quant: Quantise the 4-bit scales too; saves about 0.4 bits a weight.
-        backend: "bitsandbytes" (8 bits: LLM.int8), or "torchao" (8 bits: weights alone, one scale
-            a row, which is closer to the unquantised model; needs the extra `[torchao]`).
+        backend: "bitsandbytes" (8 bits: LLM.int8); "torchao" (8 bits: weights alone, one scale a
+            row, which is closer to the unquantised model; needs the extra `[torchao]`); or "torch"
+            (8 bits: weights and activations, which is the fastest for a draft on a CPU).
     """
 
     bits: Literal[4, 8] = 4
     double_quant: bool = False
-    backend: Literal["bitsandbytes", "torchao"] = "bitsandbytes"
+    backend: Literal["bitsandbytes", "torchao", "torch"] = "bitsandbytes"
 
     @model_validator(mode="after")
     def _backend_can(self) -> Quantization:
-        if self.backend == "torchao" and (self.bits == 4 or self.double_quant):
+        if self.backend != "bitsandbytes" and (self.bits == 4 or self.double_quant):
             raise ValueError(
-                'backend="torchao" quantises to 8 bits without double_quant: give bits=8, or '
-                'backend="bitsandbytes".'
+                f'backend="{self.backend}" quantises to 8 bits without double_quant: give bits=8, '
+                'or backend="bitsandbytes".'
             )
         return self

@@ -79,6 +79,9 @@ class DraftReading(TensorValue):
 
     scores: torch.Tensor  # (tokens,) float32, before pooling
     lookahead_ids: torch.Tensor  # (lookahead,) int64, the draft's guessed answer
+    likelihood: torch.Tensor | None = (
+        None  # (passages,) log-probability of the question behind each
+    )
 
 
 @dataclass(frozen=True, slots=True, eq=False)

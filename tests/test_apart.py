@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -118,3 +119,76 @@ def test_compressing_apart_keeps_the_budget_and_answers_errors() -> None:
         SpecPC(passages_apart=True, lookahead_tokens=8)
     with pytest.raises(ModelError, match="full attention"):
         read_scores(families.build("gemma2", "eager"), _tokens(TEXTS), APART, 8)
+
+
+# ---------------------------------------------------------------- the question behind each passage
+
+
+def test_the_question_is_read_behind_each_passage_alone() -> None:
+    """Against a plain pass over the beginning, one passage and the question."""
+    texts = [*TEXTS, "One more, so that lengths differ a little: the kiln of the harbour burns."]
+    tokens, model = _tokens(texts), tiny_model(32, seed=1)
+    method = APART.model_copy(update={"likelihood_weight": 0.5})
+    reading = read_scores(model, tokens, method, 8)
+    plain = read_scores(model, tokens, APART, 8)
+    torch.testing.assert_close(reading.scores, plain.scores, rtol=1e-4, atol=1e-6)
+    assert plain.likelihood is None
+    blocks = passage_blocks(tokens)
+    begin, tail = blocks[0][0], blocks[-1][1]
+    question = torch.nonzero(tokens.segment == int(Segment.QUESTION)).squeeze(1)
+    assert reading.likelihood is not None
+    assert len(reading.likelihood) == len(texts)
+    for (start, stop), found in zip(blocks, reading.likelihood.tolist(), strict=True):
+        places = [*range(begin), *range(start, stop), *range(tail, int(question[-1]) + 1)]
+        ids = tokens.ids[places].unsqueeze(0)
+        with torch.no_grad():
+            logits = model(input_ids=ids).logits[0].log_softmax(-1)
+        wanted = [
+            float(logits[place - 1, ids[0, place]])
+            for place in range(len(places))
+            if places[place] in question.tolist()
+        ]
+        assert found == pytest.approx(sum(wanted) / len(wanted), abs=1e-4)
+
+
+def test_passages_without_text_are_not_asked_about() -> None:
+    prompt = Prompt.from_question(QUESTION, TEXTS)
+    texts = [TEXTS[0], *([""] * (len(TEXTS) - 1))]
+    tokens = tiny_compressor().encoder.encode(prompt.with_texts(texts))
+    reading = read_scores(
+        tiny_compressor().model, tokens, APART.model_copy(update={"likelihood_weight": 1.0}), 8
+    )
+    assert reading.likelihood is not None
+    assert torch.isfinite(reading.likelihood).tolist() == [True]
+
+
+def test_the_whole_path_with_shares_for_passages() -> None:
+    """Also in a prompt beyond the draft's window, which is read in groups."""
+    compressor = _compressor()
+    method = SpecPC(
+        ratio=0.5,
+        unit="sentence",
+        passages_apart=True,
+        passage_weight=0.5,
+        likelihood_weight=0.5,
+    )
+    context = compressor.compress(QUESTION, TEXTS, method)
+    assert 0 < context.stats.compressed_passage_tokens < context.stats.passage_tokens
+    long = [f"{number} {text}" for number in range(30) for text in TEXTS]
+    grouped = compressor.compress(QUESTION, long, method)
+    assert grouped.stats.prompt_tokens > (compressor.draft.context_window or 0)
+    assert grouped.stats.fallback is None
+    assert grouped.stats.compressed_passage_tokens <= grouped.stats.passage_tokens / 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"likelihood_weight": 0.5}, "set passages_apart=True"),
+        ({"likelihood_weight": 0.5, "passages_apart": True, "unit": "token"}, "passages_apart"),
+        ({"passage_weight": 0.5, "unit": "passage"}, 'set it to "sentence"'),
+    ],
+)
+def test_shares_that_make_no_sense_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        SpecPC(**{"unit": "sentence", **options})

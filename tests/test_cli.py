@@ -19,7 +19,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from draftsieve import Compressor, Passage, __version__
-from draftsieve.core.config import DEFAULT_METHOD, Method, SpecKV, SpecKVPC, SpecPC
+from draftsieve.core.config import DEFAULT_METHOD, NEWEST_PRESET, Method, SpecKV, SpecKVPC, SpecPC
 from draftsieve.core.errors import ConfigError, ModelNotFoundError
 from draftsieve.integrations import cli
 from draftsieve.integrations.cli.entry import BROKEN_PIPE
@@ -537,7 +537,7 @@ def test_an_embedder_gives_a_second_opinion(
     draft = Compressor.load(compress[3], progress=False)
     passages = [Passage(source["text"], source["id"]) for source in found["sources"]]
     method = SpecPC.preset(
-        "2026-11", ratio=0.4, lexical_weight=0, semantic_weight=1.0, embedder=folder
+        NEWEST_PRESET, ratio=0.4, lexical_weight=0, semantic_weight=1.0, embedder=folder
     )
     assert found["text"] == draft.compress(QUESTION, passages, method).text
     assert cli.main([*ask, "--semantic-weight", "0.5"]) == 0
@@ -561,7 +561,7 @@ def test_the_default_is_the_librarys_own() -> None:
 
 
 def test_a_ratio_is_what_is_left_in_the_end() -> None:
-    assert method("--ratio 0.2") == SpecPC.preset("2026-11", ratio=0.2)
+    assert method("--ratio 0.2") == SpecPC.preset(NEWEST_PRESET, ratio=0.2)
     assert method("--method speckv --ratio 0.2") == SpecKV(ratio=0.2)
     for share in (0.125, 0.3, 0.5, 0.8, 1.0):
         both = method(f"--method speckv-pc --ratio {share}")
@@ -574,24 +574,31 @@ def test_a_ratio_is_what_is_left_in_the_end() -> None:
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ("--capacity 700", SpecPC.preset("2026-11", capacity=700)),
+        ("--capacity 700", SpecPC.preset(NEWEST_PRESET, capacity=700)),
         ("--preset paper", SpecPC(ratio=DEFAULT_METHOD.ratio)),
         ("--preset paper --set capacity=9 --set pool=none", SpecPC(capacity=9, pool=None)),
         (
             "--set lexical_weight=0.5 --set weighted_query=false --set 'gap_marker= / '",
             SpecPC.preset(
-                "2026-11", ratio=0.35, lexical_weight=0.5, weighted_query=False, gap_marker=" / "
+                NEWEST_PRESET,
+                ratio=0.35,
+                lexical_weight=0.5,
+                weighted_query=False,
+                gap_marker=" / ",
             ),
         ),
-        ("--set specpc.unit=word --ratio 0.5", SpecPC.preset("2026-11", ratio=0.5, unit="word")),
+        (
+            "--set specpc.unit=word --ratio 0.5",
+            SpecPC.preset(NEWEST_PRESET, ratio=0.5, unit="word"),
+        ),
         (
             "--ratio 0.5 --embedder owner/name",
-            SpecPC.preset("2026-11", ratio=0.5, semantic_weight=0.5, embedder="owner/name"),
+            SpecPC.preset(NEWEST_PRESET, ratio=0.5, semantic_weight=0.5, embedder="owner/name"),
         ),
         (
             "--ratio 0.5 --embedder owner/name --semantic-weight 0.25 --set lexical_weight=0",
             SpecPC.preset(
-                "2026-11",
+                NEWEST_PRESET,
                 ratio=0.5,
                 lexical_weight=0,
                 semantic_weight=0.25,
@@ -600,7 +607,7 @@ def test_a_ratio_is_what_is_left_in_the_end() -> None:
         ),
         (
             "--ratio 0.5 --semantic-weight 0.25 --set semantic_weight=0.1 --set embedder=a/b",
-            SpecPC.preset("2026-11", ratio=0.5, semantic_weight=0.1, embedder="a/b"),
+            SpecPC.preset(NEWEST_PRESET, ratio=0.5, semantic_weight=0.1, embedder="a/b"),
         ),
         ("--method speckv --capacity 64", SpecKV(capacity=64)),
         (
@@ -627,7 +634,7 @@ def test_a_ratio_is_what_is_left_in_the_end() -> None:
         ),
         (
             "--method speckv-pc --ratio 0.2 --set specpc.ratio=0.8",
-            SpecKVPC(specpc=SpecPC.preset("2026-11", ratio=0.8), speckv=SpecKV(ratio=0.25)),
+            SpecKVPC(specpc=SpecPC.preset(NEWEST_PRESET, ratio=0.8), speckv=SpecKV(ratio=0.25)),
         ),
     ],
 )

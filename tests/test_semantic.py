@@ -11,14 +11,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import LlamaForCausalLM
 
 from draftsieve import ConfigError, Prompt, SpecKV, SpecKVPC, SpecPC
 from draftsieve.core.errors import ModelError, ModelNotFoundError
 from draftsieve.core.evaluation.methods import METHODS, find_methods
 from draftsieve.core.evaluation.runner import Grid
 from draftsieve.core.evaluation.shared import Bench
-from draftsieve.core.models.loading import LoadedModel
+from draftsieve.core.models.loading import LoadedModel, fingerprint
 from draftsieve.core.specpc.bm25 import bm25
+from draftsieve.core.specpc.head_weights import HeadWeights, settled
 from draftsieve.core.specpc.mixing import mixed
 from draftsieve.core.specpc.pipeline import _say_once
 from draftsieve.core.specpc.ranking import rank_units
@@ -48,6 +50,9 @@ def z(values: Sequence[float]) -> list[float]:
     return [(value - fmean(values)) / pstdev(values) for value in values]
 
 
+ONE = np.zeros(0)  # passages that no share is given to
+
+
 def naive(
     worth: Sequence[float], words: Sequence[float], near: Sequence[float], ws: float, wl: float
 ) -> list[float]:
@@ -67,20 +72,22 @@ def test_shares_are_of_z_scores(ws: float, wl: float) -> None:
     worth, words, near = rng.random(9) ** 6, 5 * rng.random(9), 0.6 + 0.1 * rng.random(9)
     worth[2], worth[5] = -1.0, 0.0  # a unit without tokens, and one that nothing looked at
     options = half(ratio=0.5, semantic_weight=ws, lexical_weight=wl)
-    found = mixed(worth, options, words if wl else None, near)
+    found = mixed(worth, options, words if wl else None, near, ONE)
     assert found == pytest.approx(naive(worth, words, near, ws, wl))
     assert found[2] == -np.inf
-    scaled = mixed(np.where(worth < 0, worth, worth), options, 10 * words if wl else None, near + 3)
+    scaled = mixed(
+        np.where(worth < 0, worth, worth), options, 10 * words if wl else None, near + 3, ONE
+    )
     assert scaled == pytest.approx(found)  # only what is far from the mean counts
 
 
 def test_equal_scores_say_nothing() -> None:
     equal, near = np.full(4, 0.3), np.array([0.1, 0.4, 0.2, 0.3])
-    assert np.argsort(-mixed(equal, half(), None, near)).tolist() == [1, 3, 2, 0]
-    assert mixed(equal, half(), None, np.ones(4)).tolist() == [0.0] * 4
-    assert mixed(equal[:1], half(), None, near[:1]).tolist() == [0.0]
-    assert mixed(equal[:0], half(), None, near[:0]).tolist() == []
-    assert mixed(np.array([-1.0]), half(), None, near[:1]).tolist() == [-np.inf]
+    assert np.argsort(-mixed(equal, half(), None, near, ONE)).tolist() == [1, 3, 2, 0]
+    assert mixed(equal, half(), None, np.ones(4), ONE).tolist() == [0.0] * 4
+    assert mixed(equal[:1], half(), None, near[:1], ONE).tolist() == [0.0]
+    assert mixed(equal[:0], half(), None, near[:0], ONE).tolist() == []
+    assert mixed(np.array([-1.0]), half(), None, near[:1], ONE).tolist() == [-np.inf]
 
 
 def test_without_an_embedder_the_formula_is_the_old_one() -> None:
@@ -91,8 +98,8 @@ def test_without_an_embedder_the_formula_is_the_old_one() -> None:
         options = SpecPC(unit="sentence", lexical_weight=weight, semantic_weight=0.0)
         expected = (1 - weight) * worth / worth.max() + weight * words / words.max()
         expected[3] = -1.0
-        assert mixed(worth, options, words, None).tolist() == expected.tolist()
-    assert mixed(worth, SpecPC(unit="sentence"), None, None) is worth
+        assert mixed(worth, options, words, None, ONE).tolist() == expected.tolist()
+    assert mixed(worth, SpecPC(unit="sentence"), None, None, ONE) is worth
 
 
 def test_units_are_ranked_by_the_mixture() -> None:
@@ -285,3 +292,59 @@ def test_the_evaluation_tells_embedders_apart(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match='unit is "token"'):
         find_methods(["specpc:semantic_weight=0.5"])
     assert "specpc" in METHODS
+
+
+def test_passages_lift_their_sentences_by_shares_of_z_scores() -> None:
+    worth = np.array([0.9, 0.1, 0.3, -1.0, 0.2])
+    passage, likely = np.array([0, 0, 1, 1, 2]), np.array([-2.0, -2.0, -1.0, -1.0, -4.0])
+    inside = [0, 1, 2, 4]
+    draft = z([float(np.log(worth[i] + 1e-6)) for i in inside])
+    best = z(
+        [max(draft[j] for j, o in enumerate(inside) if passage[o] == passage[i]) for i in inside]
+    )
+    for share in (0.0, 0.25, 1.0):
+        for asked in (0.0, 0.5):
+            options = SpecPC(
+                unit="sentence",
+                passages_apart=True,
+                passage_weight=share,
+                likelihood_weight=asked,
+            )
+            found = mixed(worth, options, None, None, passage, likely if asked else None)
+            if not share and not asked:
+                assert found is worth
+                continue
+            both = [(1 - share) * d + share * b for d, b in zip(draft, best, strict=True)]
+            if asked:
+                said = z([float(likely[i]) for i in inside])
+                first = z(both) if share else both
+                both = [(1 - asked) * b + asked * s for b, s in zip(z(first), said, strict=True)]
+            assert found[inside] == pytest.approx(both)
+            assert found[3] == -np.inf
+
+
+def test_the_newest_preset_is_the_older_one_for_a_draft_without_weights(tmp_path: Path) -> None:
+    draft = tiny_compressor().model
+    newest, older = SpecPC.preset("2026-12", ratio=0.3), SpecPC.preset("2026-11", ratio=0.3)
+    assert settled(newest, draft) == older.model_copy(update={"semantic_weight": 0.5})
+    changed = SpecPC.preset("2026-12", ratio=0.3, lexical_weight=0.7, semantic_weight=0.1)
+    assert settled(changed, draft).lexical_weight == 0.7
+    assert settled(changed, draft).semantic_weight == 0.1
+    alone = SpecPC.preset("2026-12", ratio=0.3, semantic_weight=0.9)
+    assert settled(alone, draft).lexical_weight == pytest.approx(0.1)
+    assert settled(older, draft) is older
+    folder = tmp_path / "draft"
+    draft.save_pretrained(folder)
+    known = LlamaForCausalLM.from_pretrained(folder)
+    heads = torch.zeros(2, 4)
+    heads[1, 1] = 1.0
+    HeadWeights(heads, 0.0, fingerprint(known), rows="mean").save(folder / "head_weights.json")
+    assert settled(newest, known) == newest.model_copy(update={"head_weights": "calibrated"})
+
+
+def test_presets_fit_other_units() -> None:
+    assert SpecPC.preset("2026-12", unit="token").passage_weight == 0.0
+    assert SpecPC.preset("2026-12", unit="token").semantic_weight == 0.0
+    assert SpecPC.preset("2026-12", unit="passage").likelihood_weight == 0.5
+    with pytest.raises(ConfigError, match='set it to "sentence"'):
+        SpecPC.preset("2026-12", unit="passage", passage_weight=0.5)

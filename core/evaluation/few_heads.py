@@ -2,14 +2,14 @@
 
 A handful of heads says as much as all of them, and nothing above the last one need be computed
 (`SpecPC.head_weights`). Heads are taken greedily: at each step the one with which most questions
-keep a sentence that answers them, at a share of the passages' tokens, by the sum of the chosen
-heads' attention, each as a multiple of its own spread.
+keep a sentence that answers them, at a share of the passages' tokens, ranked as SpecPC ranks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -23,24 +23,41 @@ from ..specpc.draft import asking_rows
 from ..specpc.draft_scores import row_weights
 from ..specpc.fitting import affordable
 from ..specpc.head_weights import HeadWeights, norms_of, read_heads
+from ..specpc.mixing import mixed
 from ..specpc.units import sentence_spans
 from .tasks import EvalItem
 
 SHARES = (0.25, 0.125, 0.0625)
+RANKING = SpecPC.preset("2026-12", semantic_weight=0.0)  # how sentences are ranked
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class HeadTable:
     """What every head sees of one item's sentences."""
 
-    heads: torch.Tensor  # (layers, heads, tokens) float32, of passage tokens
-    sentence: torch.Tensor  # (tokens,) int64, the sentence of each, -1 for none
+    heads: np.ndarray  # (layers, heads, sentences) float32, mean attention a token
+    passage: np.ndarray  # (sentences,) index of each one's passage
     cost: np.ndarray  # (sentences,) tokens
-    evidence: tuple[int, ...]  # sentences that the answer needs
+    evidence: np.ndarray  # numbers of the sentences that the answer needs
     every: bool  # all of them are needed, not one
 
+    def kept(self, scores: np.ndarray, shares: Sequence[float]) -> float:
+        """Share of the budgets at which the evidence stays, by (sentences,) scores of at least 0.
 
-def read_table(compressor: Compressor, item: EvalItem, apart: bool = False) -> HeadTable:
+        Sentences are ranked by `RANKING`, and taken in order while they fit.
+        """
+        worth = np.where(self.cost > 0, scores, -1.0)
+        order = np.argsort(-mixed(worth, RANKING, None, None, self.passage), kind="stable")
+        cost, total = self.cost[order], int(self.cost.sum())
+        wins = 0
+        for share in shares:
+            taken = order[affordable(cost, max(1, round(total * share)))]
+            held = np.isin(self.evidence, taken)
+            wins += bool(len(held)) and bool(held.all() if self.every else held.any())
+        return wins / len(shares)
+
+
+def read_table(compressor: Compressor, item: EvalItem, apart: bool = True) -> HeadTable:
     """Read one item.
 
     Args:
@@ -49,24 +66,62 @@ def read_table(compressor: Compressor, item: EvalItem, apart: bool = False) -> H
         apart: Read the passages apart, see `SpecPC.passages_apart`.
     """
     tokens = compressor.encoder.encode(item.prompt())
-    rows = asking_rows(tokens, SpecPC().window_size)
-    weights = row_weights(torch.tensor([rows]), rows, SpecPC().weighted_query)[0]
-    found = read_heads(compressor.model, tokens if apart else tokens.ids, weights)
-    places = torch.nonzero(~tokens.protected).squeeze(1)
-    sentence, bounds = _sentences(item, tokens)
-    sentence = sentence[places]
-    cost = np.bincount(sentence[sentence >= 0].numpy(), minlength=len(bounds))
-    evidence = []
-    for part in item.evidence:
-        place = part.value
-        evidence += [
-            number
-            for number, (index, start, end) in enumerate(bounds)
-            if index == place.passage and start < place.end and end > place.start
-        ]
+    rows = asking_rows(tokens, RANKING.window_size)
+    weights = row_weights(torch.tensor([rows]), rows, RANKING.weighted_query)[0]
+    found = read_heads(compressor.model, tokens if apart else tokens.ids, weights, "mean")
+    bounds = [
+        (index, *span) for index, text in enumerate(item.passages) for span in sentence_spans(text)
+    ]
+    sentence = _sentences(bounds, tokens)
+    inside = sentence >= 0
+    cost = torch.bincount(sentence[inside], minlength=len(bounds))
+    sums = torch.zeros(*found.shape[:2], len(bounds))
+    sums.index_add_(2, sentence[inside], found[..., inside])
+    evidence = [
+        number
+        for part in item.evidence
+        for number, (index, start, end) in enumerate(bounds)
+        if index == part.value.passage and start < part.value.end and end > part.value.start
+    ]
     return HeadTable(
-        found[..., places], sentence, cost, tuple(dict.fromkeys(evidence)), item.need == "all"
+        (sums / cost.clamp(min=1)).numpy(),
+        np.array([index for index, _, _ in bounds]),
+        cost.numpy(),
+        np.unique(np.array(evidence, dtype=np.int64)),
+        item.need == "all",
     )
+
+
+def read_tables(
+    compressor: Compressor,
+    items: Iterable[EvalItem],
+    apart: bool = True,
+    folder: Path | None = None,
+    progress: bool = True,
+) -> list[HeadTable]:
+    """Read items that have evidence; those whose prompt the draft cannot read are left out.
+
+    Args:
+        compressor: The draft.
+        items: Questions over passages.
+        apart: As for `read_table`.
+        folder: Keeps what was read, one file an item, so that an interrupted run goes on.
+        progress: Show a bar.
+    """
+    window = compressor.draft.context_window
+    useful = [item for item in items if item.evidence]
+    found = []
+    for item in tqdm(useful, "Draft reads", disable=not progress):
+        file = folder and folder / f"{item.id.replace('/', '_')}.npz"
+        if file is not None and file.is_file():
+            found.append(_load(file))
+            continue
+        if window is not None and len(compressor.encoder.encode(item.prompt())) > window:
+            continue
+        found.append(read_table(compressor, item, apart))
+        if file is not None:
+            _save(found[-1], file)
+    return found
 
 
 def choose_heads(
@@ -81,24 +136,30 @@ def choose_heads(
         progress: Show a bar.
 
     Returns:
-        (layers, heads) float32 weights, 0 for heads that were not taken; and the share of items
-        and budgets that keep their evidence after each step.
+        (layers, heads) float32 weights, 0 for heads that were not taken, else the inverse of the
+        head's spread over sentences; and the share of items and budgets that keep their evidence
+        after each step.
     """
-    spread = torch.stack([table.heads.std(-1) for table in tables]).mean(0).clamp(min=1e-8)
-    weights = torch.zeros_like(spread)
-    sums = [torch.zeros(table.heads.shape[-1]) for table in tables]
+    spread = np.mean([table.heads.std(-1) for table in tables], axis=0)  # (layers, heads)
+    scale = 1.0 / np.maximum(spread, 1e-12)
+    weights = torch.zeros(spread.shape)
+    sums = [np.zeros(table.heads.shape[-1]) for table in tables]
     curve: list[float] = []
     for _ in tqdm(range(most), "Heads", disable=not progress):
-        wins = torch.zeros_like(spread)
-        for table, total in zip(tables, sums, strict=True):
-            scores = total + table.heads / spread.unsqueeze(-1)  # (layers, heads, tokens)
-            wins += _kept(table, scores, shares)
-        wins[weights > 0] = -1.0
-        layer, head = divmod(int(wins.argmax()), wins.shape[1])
-        weights[layer, head] = 1.0 / spread[layer, head]
-        for place, table in enumerate(tables):
-            sums[place] = sums[place] + table.heads[layer, head] / spread[layer, head]
-        curve.append(float(wins.max()) / len(tables))
+        wins = np.full(spread.shape, -1.0)
+        for place in np.argwhere(weights.numpy() == 0):
+            layer, head = place
+            wins[layer, head] = np.mean(
+                [
+                    table.kept(total + scale[layer, head] * table.heads[layer, head], shares)
+                    for table, total in zip(tables, sums, strict=True)
+                ]
+            )
+        layer, head = np.unravel_index(wins.argmax(), wins.shape)
+        weights[layer, head] = float(scale[layer, head])
+        for number, table in enumerate(tables):
+            sums[number] = sums[number] + scale[layer, head] * table.heads[layer, head]
+        curve.append(float(wins.max()))
     return weights, curve
 
 
@@ -106,49 +167,64 @@ def share_kept(
     tables: Sequence[HeadTable], weights: torch.Tensor, shares: Sequence[float] = SHARES
 ) -> list[float]:
     """Share of items that keep their evidence by weighted heads, for each budget."""
-    found = torch.zeros(len(shares))
-    for table in tables:
-        scores = (table.heads * weights.unsqueeze(-1)).sum((0, 1))[None, None]
-        found += torch.tensor([float(_kept(table, scores, [share])) for share in shares])
-    return (found / len(tables)).tolist()
+    scores = [np.tensordot(weights.numpy(), table.heads, axes=2) for table in tables]
+    return [
+        float(np.mean([t.kept(found, [share]) for t, found in zip(tables, scores, strict=True)]))
+        for share in shares
+    ]
+
+
+def held_out(
+    tables: Sequence[HeadTable], most: int, folds: int = 4, progress: bool = True
+) -> list[float]:
+    """What heads keep of items that had no part in choosing them, for each of `SHARES`.
+
+    Args:
+        tables: Of all items.
+        most: Number of heads.
+        folds: Parts; each is judged by heads chosen on the others.
+        progress: Show bars.
+    """
+    found = np.zeros(len(SHARES))
+    for fold in range(folds):
+        taught = [table for place, table in enumerate(tables) if place % folds != fold]
+        checked = tables[fold::folds]
+        weights, _ = choose_heads(taught, most, progress=progress)
+        found += np.array(share_kept(checked, weights)) * len(checked) / len(tables)
+    return [float(share) for share in found]
 
 
 def as_head_weights(compressor: Compressor, weights: torch.Tensor, **about: object) -> HeadWeights:
-    """The chosen heads as a file of head weights; scores are compared, so the bias is 0."""
+    """The chosen heads as head weights; scores are compared, so the bias is 0."""
     model = compressor.model
-    return HeadWeights(weights, 0.0, fingerprint(model), about, norms_of(model))
+    return HeadWeights(weights, 0.0, fingerprint(model), about, norms_of(model), "mean")
 
 
-def _sentences(
-    item: EvalItem, tokens: PromptTokens
-) -> tuple[torch.Tensor, list[tuple[int, int, int]]]:
-    """(tokens,) the sentence of each token, and (passage, start, end) of each sentence."""
-    bounds = [
-        (index, *span) for index, text in enumerate(item.passages) for span in sentence_spans(text)
-    ]
+def _sentences(bounds: Sequence[tuple[int, int, int]], tokens: PromptTokens) -> torch.Tensor:
+    """(tokens,) int64, the sentence of each token; -1 for none."""
     sentence = torch.full((len(tokens),), -1, dtype=torch.int64)
     for number, (index, start, end) in enumerate(bounds):
         inside = (tokens.passage == index) & (tokens.start < end) & (tokens.end > start)
         sentence[inside & (sentence < 0)] = number
-    return sentence, bounds
+    return sentence
 
 
-def _kept(table: HeadTable, scores: torch.Tensor, shares: Sequence[float]) -> torch.Tensor:
-    """(layers, heads) share of the budgets at which the evidence stays, by (..., tokens) scores."""
-    inside = table.sentence >= 0
-    count = len(table.cost)
-    flat = scores[..., inside].flatten(0, 1)  # (all heads, tokens)
-    best = torch.full((flat.shape[0], count), -1.0)
-    best = best.scatter_reduce(
-        1, table.sentence[inside].expand(flat.shape[0], -1), flat, "amax", include_self=True
+def _save(table: HeadTable, file: Path) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_name(f"{file.stem}.part.npz")
+    np.savez_compressed(
+        part,
+        heads=table.heads,
+        passage=table.passage,
+        cost=table.cost,
+        evidence=table.evidence,
+        every=table.every,
     )
-    order = best.argsort(dim=1, descending=True, stable=True).numpy()
-    total = int(table.cost.sum())
-    wins = np.zeros(len(order))
-    for row, ranked in enumerate(order):
-        cost = table.cost[ranked]
-        for share in shares:
-            taken = set(ranked[affordable(cost, max(1, round(total * share)))].tolist())
-            held = [number in taken for number in table.evidence]
-            wins[row] += bool(held) and (all(held) if table.every else any(held))
-    return torch.from_numpy(wins / len(shares)).float().reshape(scores.shape[:-1])
+    part.replace(file)
+
+
+def _load(file: Path) -> HeadTable:
+    with np.load(file, allow_pickle=False) as row:
+        return HeadTable(
+            row["heads"], row["passage"], row["cost"], row["evidence"], bool(row["every"])
+        )

@@ -20,7 +20,7 @@ from ..errors import ConfigError
 from ..models.embedder import load_embedder
 from ..speckv.scorers import SCORERS
 from ..specpc.bm25 import bm25
-from ..specpc.head_weights import head_weights
+from ..specpc.head_weights import head_weights, settled
 from ..types import Answer
 from . import scorers, specprefill, surprise
 from .baselines import Kept, truncation_head, truncation_middle, truncation_tail
@@ -228,8 +228,8 @@ def _by_specpc(name: str, options: SpecPC) -> EvalMethod:
     """SpecPC with options of its own."""
 
     def check(bench: Bench) -> None:
-        if options.head_weights is not None:
-            head_weights(bench.draft.model, options.head_weights)
+        if (source := settled(options, bench.draft.model).head_weights) is not None:
+            head_weights(bench.draft.model, source)
         if options.semantic_weight and options.embedder is not None:
             load_embedder(options.embedder)
 
@@ -255,6 +255,8 @@ def _listed() -> tuple[EvalMethod, ...]:
         _by_specpc("specpc", SpecPC()),
         _by_specpc("specpc-keep", SpecPC(positions="keep")),
         _by_specpc("specpc-2026-11", SpecPC.preset("2026-11")),
+        _by_specpc("specpc-2026-12", SpecPC.preset("2026-12", semantic_weight=0.0)),
+        _by_specpc("specpc-2026-12-embedder", SpecPC.preset("2026-12")),
         _placed("specprefill", _specprefill),
         prompt_method("perplexity", _surprise),
         prompt_method("contrastive-perplexity", _contrast),

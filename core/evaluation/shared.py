@@ -45,6 +45,7 @@ _NOT_READ = {  # options that change what is kept, but not what the draft reads
     "lexical_weight": 0.0,
     "semantic_weight": 0.0,
     "embedder": None,
+    "passage_weight": 0.0,
     "passage_floor": 0,
     "score_mass": None,
     "positions": "reset",

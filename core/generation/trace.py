@@ -12,6 +12,7 @@ from ..speckv.evict import Eviction, evict, token_capacity
 from ..speckv.lookahead import own_lookahead
 from ..speckv.scorers import needs_draft
 from ..specpc.draft_scores import read_draft
+from ..specpc.head_weights import settled
 from ..specpc.selection import select
 from ..specpc.sparse_positions import start_at
 from ..types import DraftReading, Selection, Trace
@@ -41,6 +42,7 @@ def trace(
     chosen: Selection | None = None
     if specpc is not None:
         draft = _need(draft)
+        specpc = settled(specpc, draft)
         tokens = specpc.lookahead_tokens or max_new_tokens
         reading = read_draft(draft, input_ids, specpc, lookahead_tokens=tokens)[0]
         chosen = select(reading.scores, specpc)

@@ -3,11 +3,17 @@
 Passages cannot see each other, and each one's positions go on from the prompt's beginning; what
 follows the passages sees all of them. So attention costs what the longest passage does, and what a
 passage is read as does not depend on its neighbours.
+
+In the same pass the draft may read the question behind each passage alone: how likely it finds it
+there says which passage it is about (query likelihood: Ponte and Croft, 1998; by a language model
+without training: arXiv 2204.07496).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
@@ -22,12 +28,21 @@ from ..types import Segment
 Block = tuple[int, int]  # first token of a passage, and the one behind it
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Asked:
+    """What follows the passages, up to the question's end, and where the question stands in it."""
+
+    ids: torch.Tensor  # (asked,) int64
+    question: torch.Tensor  # (question,) int64, places in `ids`
+
+
 def read_apart(
     model: PreTrainedModel,
     tokens: PromptTokens,
     callback: AttentionCallback,
     last: int | None = None,
-) -> None:
+    likelihood: bool = False,
+) -> torch.Tensor | None:
     """Read a prompt with its passages apart; nothing is generated.
 
     Args:
@@ -36,6 +51,12 @@ def read_apart(
         callback: Sees the pass over what follows the passages: its queries, and the keys of the
             whole prompt in the prompt's order.
         last: Index of the last layer that is wanted; None for all.
+        likelihood: Read the question behind each passage alone too; passages then go through all
+            layers.
+
+    Returns:
+        (passages,) float32, the mean log-probability of the question's tokens behind each passage,
+        -inf for those without tokens; None where it is not wanted, or no question follows.
 
     Raises:
         ModelError: A layer is not plain full attention.
@@ -46,15 +67,23 @@ def read_apart(
     begin = blocks[0][0] if blocks else 0
     tail = blocks[-1][1] if blocks else 0
     cache = StoppableCache(config=model.config)
+    asked = _question(tokens, tail) if likelihood else None
+    stop = None if asked else last  # the layer at which passages stop
+    found = torch.full((int(tokens.passage.max()) + 1 if len(tokens) else 0,), -torch.inf)
     with torch.no_grad():
         if begin:
-            _read(model, ids[None, :begin], cache, torch.arange(begin)[None], None, last)
-        parts = [cache, *_read_blocks(model, ids, blocks, cache, begin, last)]
-        whole = _joined(model, parts, last)
+            _read(model, ids[None, :begin], cache, torch.arange(begin)[None], None, stop)
+        parts, likely = _read_blocks(model, ids, blocks, cache, begin, stop, asked)
+        whole = _joined(model, [cache, *parts], last)
         check_deadline()
         longest = max((stop - start for start, stop in blocks), default=0)
         positions = torch.arange(begin + longest, begin + longest + len(tokens) - tail)[None]
         _read(model, ids[None, tail:], whole, positions, callback, last)
+    if asked is None:
+        return None
+    for (_, end), value in zip(blocks, likely, strict=True):
+        found[int(tokens.passage[end - 1])] = value
+    return found
 
 
 def passage_blocks(tokens: PromptTokens) -> list[Block]:
@@ -80,21 +109,30 @@ def _read(
     cache: DynamicCache,
     positions: torch.Tensor,
     callback: AttentionCallback | None,
-    last: int,
+    last: int | None,
     mask: torch.Tensor | None = None,
-) -> None:
-    """One pass of (batch, new) ids behind a cache, up to the last layer that is wanted."""
+    logits: int = 0,
+) -> torch.Tensor | None:
+    """One pass of (batch, new) ids behind a cache, up to the last layer that is wanted.
+
+    Without a last layer it is a whole pass, and gives the (batch, logits, vocabulary) newest ones.
+    """
     seen = cache.get_seq_length() + ids.shape[1]
     if mask is None:
         mask = torch.ones((ids.shape[0], seen), dtype=torch.int64, device=ids.device)
+    inputs: dict[str, Any] = {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "position_ids": positions.to(ids.device),
+        "past_key_values": cache,
+        "use_cache": True,
+    }
+    if last is None:
+        check_deadline()
+        return model(**inputs, logits_to_keep=max(1, logits)).logits  # type: ignore[no-any-return]
     with observing_until(model, callback, last):
-        model.get_decoder()(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=positions.to(ids.device),
-            past_key_values=cache,
-            use_cache=True,
-        )
+        model.get_decoder()(**inputs)
+    return None
 
 
 def _read_blocks(
@@ -103,30 +141,59 @@ def _read_blocks(
     blocks: Sequence[Block],
     prefix: DynamicCache,
     begin: int,
-    last: int,
-) -> list[DynamicCache]:
-    """A cache for each passage that holds its own tokens only."""
+    last: int | None,
+    asked: _Asked | None,
+) -> tuple[list[DynamicCache], list[float]]:
+    """A cache for each passage that holds its own tokens only, and how likely the question is.
+
+    Passages of a pass end in the same column, and the question begins in the next.
+    """
     found: dict[int, DynamicCache] = {}
+    likely = [0.0] * len(blocks)
+    more = ids[:0] if asked is None else asked.ids.to(ids.device)
     lengths = [stop - start for start, stop in blocks]
     for rows in passes_of(model, lengths):
         size = max(lengths[row] for row in rows)
-        padded = ids.new_zeros(len(rows), size)
-        mask = torch.ones((len(rows), begin + size), dtype=torch.int64, device=ids.device)
+        columns = size + len(more)
+        padded = ids.new_zeros(len(rows), columns)
+        padded[:, size:] = more
+        mask = torch.ones((len(rows), begin + columns), dtype=torch.int64, device=ids.device)
+        positions = torch.zeros((len(rows), columns), dtype=torch.int64)
         for place, row in enumerate(rows):
-            padded[place, : lengths[row]] = ids[blocks[row][0] : blocks[row][1]]
-            mask[place, begin + lengths[row] :] = 0
+            first = size - lengths[row]
+            padded[place, first:size] = ids[blocks[row][0] : blocks[row][1]]
+            mask[place, begin : begin + first] = 0
+            positions[place] = (torch.arange(columns) - first).clamp(min=0) + begin
         cache = StoppableCache(config=model.config)
         for index, (keys, values) in enumerate(full_states(prefix)):
             shape = (len(rows), -1, -1, -1)
             cache.update(keys.expand(shape), values.expand(shape), index)
-        positions = torch.arange(begin, begin + size).expand(len(rows), -1)
-        _read(model, padded, cache, positions, None, last, mask)
+        logits = _read(model, padded, cache, positions, None, last, mask, len(more) + 1)
+        if asked is not None and logits is not None:
+            for row, value in zip(rows, _likelihoods(logits, asked).tolist(), strict=True):
+                likely[row] = value
         for place, row in enumerate(rows):
             found[row] = own = DynamicCache(config=model.config)
+            columns_of = slice(begin + size - lengths[row], begin + size)
             for index, (keys, values) in enumerate(full_states(cache)):
-                part = slice(place, place + 1), slice(None), slice(begin, begin + lengths[row])
+                part = slice(place, place + 1), slice(None), columns_of
                 own.update(keys[part], values[part], index)
-    return [found[row] for row in range(len(blocks))]
+    return [found[row] for row in range(len(blocks))], likely
+
+
+def _question(tokens: PromptTokens, tail: int) -> _Asked | None:
+    """The question behind the passages; None where it stands elsewhere."""
+    places = torch.nonzero(tokens.segment[tail:] == int(Segment.QUESTION)).squeeze(1)
+    if not len(places) or not tail:
+        return None
+    return _Asked(tokens.ids[tail : tail + int(places[-1]) + 1], places)
+
+
+def _likelihoods(logits: torch.Tensor, asked: _Asked) -> torch.Tensor:
+    """(batch,) mean log-probability of the question, by (batch, asked + 1, vocabulary) logits."""
+    wanted = logits[:, asked.question].float().log_softmax(-1)  # each predicts its own place
+    said = asked.ids[asked.question].to(logits.device).expand(len(logits), -1)
+    return wanted.gather(2, said.unsqueeze(2)).squeeze(2).mean(1)
 
 
 def _joined(model: PreTrainedModel, parts: Sequence[DynamicCache], last: int) -> DynamicCache:

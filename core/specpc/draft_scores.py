@@ -17,7 +17,7 @@ from ..prompt.encoder import PromptTokens
 from ..runtime.limits import check_deadline
 from ..types import DraftReading
 from .apart import read_apart
-from .head_weights import HeadWeights, head_weights
+from .head_weights import HeadWeights, head_weights, merge_rows
 
 NO_GUESS = torch.tensor([], dtype=torch.int64)
 
@@ -100,15 +100,17 @@ def read_scores(
     rows = _Rows(seen, weights.to(model.device), options, first, heads)
     last = model.config.get_text_config().num_hidden_layers - 1
     last = last if heads is None else heads.last_layer
+    likelihood = None
     if options.passages_apart:
-        read_apart(model, prompt, rows, last)
+        likelihood = read_apart(model, prompt, rows, last, options.likelihood_weight > 0)
     else:
         check_deadline()
         ids = prompt.ids.to(model.device).unsqueeze(0)
         with torch.no_grad(), observing_until(model, rows, last):
             model.get_decoder()(input_ids=ids, use_cache=False)
     scores = rows.scores()[0].cpu()
-    return DraftReading(scores if heads is None else heads.scores(scores), NO_GUESS)
+    scores = scores if heads is None else heads.scores(scores)
+    return DraftReading(scores, NO_GUESS, likelihood)
 
 
 def starting_layer(model: PreTrainedModel, options: SpecPC) -> int:
@@ -205,8 +207,9 @@ class _Rows:
         if self.heads is None:
             layer = reduce_rows(probabilities, weights, self.how)  # (batch, keys)
         else:
-            own = self.heads.heads[call.layer].to(probabilities.device)
-            layer = reduce_heads(probabilities, weights, own)
+            own = self.heads.heads[call.layer].to(probabilities.device)  # (heads,)
+            found = merge_rows(probabilities, weights, self.heads.rows)
+            layer = torch.einsum("bhk,h->bk", found, own)
         seen = max(0, self.prompt - first)  # none where a window has left the prompt behind
         self._merge(layer[:, :seen].to(self.total.device), first)
 
@@ -255,20 +258,3 @@ def reduce_rows(probabilities: torch.Tensor, weights: torch.Tensor, how: Reducti
     if how == "mean-max":
         return weighted.mean(1).amax(1)
     return weighted.amax(dim=(1, 2)) if how == "max" else weighted.sum(dim=(1, 2))
-
-
-def reduce_heads(
-    probabilities: torch.Tensor, weights: torch.Tensor, heads: torch.Tensor
-) -> torch.Tensor:
-    """The strongest weighted row of each head, then the heads' sum by learned weights.
-
-    Args:
-        probabilities: (batch, heads, rows, keys) of one layer.
-        weights: (batch, rows) of the rows.
-        heads: (heads,) of the heads, any sign.
-
-    Returns:
-        (batch, keys) float32.
-    """
-    strongest = (probabilities * weights[:, None, :, None]).amax(2)  # (batch, heads, keys)
-    return torch.einsum("bhk,h->bk", strongest, heads)

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from functools import cache, partial
 
 import torch
+from torch.nn import functional
 
 from ..config import OnError, SpecPC
 from ..errors import ModelError, RequestTimeoutError
@@ -23,7 +24,7 @@ from ..types import DraftReading
 from .chunking import group_texts, plan_groups, spread_scores
 from .draft import DraftModel
 from .fitting import Budget, fit
-from .head_weights import head_weights
+from .head_weights import head_weights, settled
 from .ranking import Nearness, only_best, rank_units
 from .result import describe, failed, no_embedder, unchanged
 
@@ -41,6 +42,7 @@ def compress(
         method: Budget and options.
         on_error: "raise" raises the first failure; with "original" each request fails alone.
     """
+    method = settled(method, draft.model)
     if method.head_weights is not None:  # a missing file is no fault of a single request
         head_weights(draft.model, method.head_weights)
     near = _nearness(method)
@@ -138,7 +140,15 @@ def _choose(draft: DraftModel, request: Request, method: SpecPC, near: Nearness 
         texts = only_best(texts, tokens, scores, method.max_passages)
         kept = fit(
             texts,
-            rank_units(texts, tokens, scores, method, prompt.question, near),
+            rank_units(
+                texts,
+                tokens,
+                scores,
+                method,
+                prompt.question,
+                near,
+                request.reading.likelihood,
+            ),
             limit=budget.limit,
             first_guess=budget.first_guess(tokens),
             measure=lambda short: budget.measure(draft.encoder.encode(prompt.with_texts(short))),
@@ -156,9 +166,13 @@ def _whole_reading(request: Request, parts: Sequence[DraftReading]) -> DraftRead
     if not request.groups or tokens is None:
         return parts[0]
     scores = torch.zeros(len(tokens))
+    likely = [part.likelihood for part in parts if part.likelihood is not None]
     for group, read, found in zip(request.groups, request.parts, parts, strict=True):
         spread_scores(scores, tokens, group, read, found.scores)
-    return DraftReading(scores, torch.tensor([], dtype=torch.int64))
+    most = max((len(row) for row in likely), default=0)
+    padded = [functional.pad(row, (0, most - len(row)), value=-torch.inf) for row in likely]
+    likelihood = torch.stack(padded).amax(0) if padded else None
+    return DraftReading(scores, torch.tensor([], dtype=torch.int64), likelihood)
 
 
 def _describe(requests: Sequence[Request], method: SpecPC) -> str:

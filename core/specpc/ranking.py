@@ -41,6 +41,7 @@ def rank_units(
     options: SpecPC,
     question: str = "",
     near: Nearness | None = None,
+    likelihood: torch.Tensor | None = None,
 ) -> RankedUnits:
     """Order the passages' units by the moment at which they are taken.
 
@@ -56,6 +57,7 @@ def rank_units(
         options: Pooling, neighbours, unit, its score, floor and adaptive budget.
         question: What BM25 looks for.
         near: An embedder's opinion; None where there is none.
+        likelihood: (passages,) log-probability of the question behind each; None if not read.
     """
     competing = _competing(texts, tokens)
     scores = scores * competing
@@ -70,7 +72,7 @@ def rank_units(
         ordered = units[np.sort(first)]
     else:
         worth = _unit_scores(unit_of, scores, len(table), options)
-        worth = _with_opinions(worth, texts, table, options, question, near)
+        worth = _with_opinions(worth, texts, table, options, question, near, likelihood)
         ordered = np.argsort(-worth, kind="stable")
     if options.passage_floor:
         groups = torch.from_numpy(table[ordered, 0])
@@ -105,16 +107,20 @@ def _with_opinions(
     options: SpecPC,
     question: str,
     near: Nearness | None,
+    likelihood: torch.Tensor | None,
 ) -> np.ndarray:
     """(units,) what the draft found mixed with what others say; see `mixed`."""
     units = [texts[index][start:end] for index, start, end in table]
     words = np.array(bm25(question, units)) if options.lexical_weight else None
-    if near is None or not options.semantic_weight:
-        return mixed(worth, options, words, None)
-    places = np.nonzero(worth >= 0)[0]
-    found = np.zeros(len(worth))
-    found[places] = near(question, [units[place] for place in places])
-    return mixed(worth, options, words, found)
+    found = None
+    if near is not None and options.semantic_weight:
+        places = np.nonzero(worth >= 0)[0]
+        found = np.zeros(len(worth))
+        found[places] = near(question, [units[place] for place in places])
+    likely = None
+    if likelihood is not None and options.likelihood_weight and len(table):
+        likely = likelihood.numpy()[table[:, 0]]
+    return mixed(worth, options, words, found, table[:, 0], likely)
 
 
 def _sums(unit_of: np.ndarray, scores: torch.Tensor, units: int) -> np.ndarray:
