@@ -373,8 +373,8 @@ class SpecKV(Options):
 
         Args:
             name: "2026-12": behind the guess the target reads the sentence of the passages that has
-                most words in common with the question. Chosen on real questions and confirmed on
-                others (docs/results.md).
+                most words in common with the question. Chosen on 8 real questions; what it does on
+                9 others stands in docs/results.md.
             changes: Options that differ from the preset, such as `ratio=0.125`.
 
         Raises:
