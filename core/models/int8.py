@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from ..errors import ModelError
 
 MOST = 127
-_ROWS = 128  # tokens at a time: what is between the products then stays in the processor's cache
+_ROWS = 512  # tokens at a time: what is between the products stays small
 
 
 class Int8Linear(nn.Module):
@@ -45,8 +45,7 @@ class Int8Linear(nn.Module):
         found = torch.empty(len(rows), self.out_features)
         for part, into in zip(torch.split(rows, _ROWS), torch.split(found, _ROWS), strict=True):
             whole, scale = quantise(part.float())
-            torch.mul(torch._int_mm(whole, self.weight), scale, out=into)
-            into.mul_(self.scale)
+            into.copy_(torch._int_mm(whole, self.weight)).mul_(scale).mul_(self.scale)
             if self.bias is not None:
                 into.add_(self.bias)
         return found.to(values.dtype).reshape(*values.shape[:-1], self.out_features)
@@ -58,7 +57,7 @@ class Int8Linear(nn.Module):
 
 def quantise(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(rows, width) float32 as int8, and the (rows, 1) float32 scale of each row."""
-    scale = torch.linalg.vector_norm(rows, torch.inf, dim=1, keepdim=True) / MOST
+    scale = rows.abs().amax(1, keepdim=True) / MOST  # faster than a norm
     scale.clamp_(min=torch.finfo(torch.float32).tiny)
     return (rows / scale).round_().to(torch.int8), scale
 
