@@ -35,6 +35,10 @@ class GrammarError(DraftSieveError, ValueError):
     """A grammar, JSON schema or choice of tools cannot be used."""
 
 
+class StoreError(DraftSieveError):
+    """A store cannot be used: made with something else, damaged, read-only, disk full, ..."""
+
+
 class RequestTimeoutError(DraftSieveError, TimeoutError):
     """A request has used up its `timeout`."""
 

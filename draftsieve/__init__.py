@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         OutOfMemoryError,
         PromptError,
         RequestTimeoutError,
+        StoreError,
     )
     from draftsieve.core.generation.speculative.drafters.store import TrigramStore
     from draftsieve.core.grammar import Grammar
@@ -63,6 +64,7 @@ _HOMES = {
     "SpecKV": "config",
     "SpecKVPC": "config",
     "SpecPC": "config",
+    "StoreError": "errors",
     "ToolCall": "types",
     "Trace": "types",
     "TrigramStore": "generation.speculative.drafters.store",
@@ -94,6 +96,7 @@ __all__ = [
     "SpecKV",
     "SpecKVPC",
     "SpecPC",
+    "StoreError",
     "ToolCall",
     "Trace",
     "TrigramStore",

@@ -44,6 +44,7 @@ def test_public_names_are_pinned() -> None:
         "SpecKV",
         "SpecKVPC",
         "SpecPC",
+        "StoreError",
         "ToolCall",
         "Trace",
         "TrigramStore",
