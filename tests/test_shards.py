@@ -2,54 +2,27 @@
 
 from __future__ import annotations
 
-import hashlib
+import errno
 import logging
-from collections.abc import Callable, Iterable, Iterator
+import os
+import random
+import resource
+import sqlite3
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 
 from draftsieve.core.errors import StoreError
+from draftsieve.core.store import reading, shards
 from draftsieve.core.store.entries import Entry
 from draftsieve.core.store.shards import Shards
 
-ABOUT = {"draft": "tiny", "layers": [1, 2], "codec": "int8"}
+from .shards_fixtures import ABOUT, assert_exact, entry, flip, key_of, keys_of
+
 Opened = Callable[..., Shards]
-
-
-def key_of(number: int) -> str:
-    return hashlib.sha256(str(number).encode()).hexdigest()
-
-
-def entry(number: int, rows: int | None = None) -> Entry:
-    """An entry whose every byte follows from its number."""
-    rows = number % 7 + 1 if rows is None else rows
-    noise = torch.Generator().manual_seed(number)
-    return Entry(
-        key_of(number),
-        rows,
-        {
-            "keys": torch.randint(-128, 128, (rows, 2, 8), generator=noise, dtype=torch.int8),
-            "scale": torch.rand((rows, 2), generator=noise).half(),
-            "sums": torch.rand(rows, generator=noise),
-        },
-    )
-
-
-def assert_exact(found: dict[str, Entry], numbers: Iterable[int], rows: int | None = None) -> None:
-    for number in numbers:
-        got, made = found[key_of(number)], entry(number, rows)
-        assert got.key == made.key
-        assert got.rows == made.rows
-        assert list(got.tensors) == list(made.tensors)
-        for name, tensor in made.tensors.items():
-            assert got.tensors[name].dtype == tensor.dtype
-            assert torch.equal(got.tensors[name], tensor), (number, name)
-
-
-def keys_of(numbers: Iterable[int]) -> list[str]:
-    return [key_of(number) for number in numbers]
 
 
 @pytest.fixture(params=["disk", "memory"])
@@ -167,12 +140,6 @@ def test_a_store_is_for_what_it_was_made_with(tmp_path: Path) -> None:
             Shards.open(tmp_path / "deep" / "store", about)
 
 
-def flip(file: Path, at: int) -> None:
-    data = bytearray(file.read_bytes())
-    data[at] ^= 0x10
-    file.write_bytes(data)
-
-
 def test_a_flipped_byte_costs_one_entry(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with Shards.open(tmp_path, ABOUT) as store:
         store.put(entry(number) for number in range(20))
@@ -188,3 +155,299 @@ def test_a_flipped_byte_costs_one_entry(tmp_path: Path, caplog: pytest.LogCaptur
         number = keys_of(range(20)).index(lost)
         assert store.put([entry(number)]) == 1
         assert_exact(store.get([lost]), [number])
+
+
+@pytest.mark.parametrize("damage", ["cut", "longer", "deleted", "header", "empty"])
+def test_a_lost_shard_costs_its_entries(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: str
+) -> None:
+    with Shards.open(tmp_path, ABOUT) as store:
+        store.put(entry(number) for number in range(5))
+        (shard,) = tmp_path.glob("shard-*")
+        store.put(entry(number) for number in range(5, 10))
+    data = shard.read_bytes()
+    if damage == "deleted":
+        shard.unlink()
+    else:
+        new = {"cut": data[:-9], "longer": data + b"x", "header": b"\xff" * 8 + data[8:]}
+        shard.write_bytes(new.get(damage, b""))
+    with Shards.open(tmp_path, ABOUT) as store, caplog.at_level(logging.WARNING):
+        found = store.get([key_of(1), key_of(7)])
+        assert_exact(found, [7])
+        assert len(found) == len(caplog.records) == 1
+        assert shard.name in caplog.text
+        assert store.has(keys_of(range(10))) == {*keys_of(range(5, 10))}  # the whole shard left
+        assert store.put(entry(number) for number in range(10)) == 5
+        assert_exact(store.get(keys_of(range(10))), range(10))
+        assert len(list(tmp_path.glob("shard-*"))) == 2
+        assert store.verify() == []
+
+
+def test_verify_drops_what_is_broken(tmp_path: Path) -> None:
+    with Shards.open(tmp_path, ABOUT) as store:
+        store.put(entry(number, 50) for number in range(6))
+        assert len(store.get(keys_of(range(6)))) == 6  # mapped, and compared once
+        (shard,) = tmp_path.glob("shard-*")
+        data = bytearray(shard.read_bytes())
+        data[-1] ^= 1
+        with shard.open("r+b") as file:  # in place, as a disk does it
+            file.write(data)
+        (broken,) = store.verify()
+        assert store.has(keys_of(range(6))) == {*keys_of(range(6))} - {broken}
+        assert store.verify() == []
+        store.put(entry(number, 50) for number in range(10, 12))
+        for file in tmp_path.glob("shard-*"):
+            os.truncate(file, 100)
+        assert len(store.verify()) == 7
+        assert store.stats().entries == 0
+
+
+def test_compacting_does_not_hide_damage(tmp_path: Path) -> None:
+    with Shards.open(tmp_path, ABOUT) as store:
+        store.put(entry(number, 50) for number in range(6))
+        store.discard([key_of(0)])
+    (shard,) = tmp_path.glob("shard-*")
+    flip(shard, shard.stat().st_size - 1)
+    with Shards.open(tmp_path, ABOUT) as store:
+        store.compact()
+        assert store.stats().entries == 4
+        found = store.get(keys_of(range(6)))
+        assert_exact(found, [n for n in range(6) if key_of(n) in found], 50)
+        assert len(found) == 4
+
+
+def test_any_flipped_bit_of_a_shard_is_noticed(tmp_path: Path) -> None:
+    chance = random.Random(0)
+    with Shards.open(tmp_path, ABOUT) as store:
+        store.put(entry(number) for number in range(6))
+    (shard,) = tmp_path.glob("shard-*")
+    index = tmp_path / "index.sqlite"
+    whole, names = shard.read_bytes(), index.read_bytes()
+    for at in [*range(0, 320, 8), *chance.sample(range(len(whole)), 20)]:
+        flip(shard, at, 1 << chance.randrange(8))
+        with Shards.open(tmp_path, ABOUT) as store:
+            found = store.get(keys_of(range(6)))
+            assert_exact(found, [n for n in range(6) if key_of(n) in found])
+        shard.write_bytes(whole)
+        index.write_bytes(names)
+
+
+def test_any_flipped_bit_of_the_index_loses_entries_at_most(tmp_path: Path) -> None:
+    chance = random.Random(1)
+    with Shards.open(tmp_path, ABOUT) as store:
+        store.put(entry(number) for number in range(20))
+        store.put(entry(number) for number in range(20, 40))
+    index = tmp_path / "index.sqlite"
+    whole = index.read_bytes()
+    used = [at for at, byte in enumerate(whole) if byte]
+    for at in [*range(0, 100, 5), *chance.sample(used, 60)]:
+        flip(index, at, 1 << chance.randrange(8))
+        try:
+            with Shards.open(tmp_path, ABOUT) as store:
+                found = store.get(keys_of(range(40)))
+                assert_exact(found, [n for n in range(40) if key_of(n) in found])
+                store.verify()
+        except StoreError:
+            pass
+        for file in tmp_path.glob("index.sqlite-*"):
+            file.unlink()
+        index.write_bytes(whole)
+
+
+def use(path: Path) -> None:
+    with Shards.open(path, ABOUT) as store:
+        store.get(keys_of(range(100)))
+        store.verify()
+
+
+@pytest.mark.parametrize("damage", ["noise", "cut", "deleted", "empty", "text"])
+def test_a_damaged_index_is_an_error_that_says_what_to_do(tmp_path: Path, damage: str) -> None:
+    with Shards.open(tmp_path, ABOUT) as store:
+        store.put(entry(number) for number in range(100))
+    index = tmp_path / "index.sqlite"
+    data = index.read_bytes()
+    if damage == "deleted":
+        index.unlink()
+    else:
+        noise = random.Random(0).randbytes(len(data) - 100)
+        new = {"noise": data[:100] + noise, "cut": data[:5000], "text": b"hello" * 999}
+        index.write_bytes(new.get(damage, b""))
+    for _ in range(2):  # it stays an error
+        with pytest.raises(StoreError, match=r"(damaged|lost).* index again"):
+            use(tmp_path)
+    assert len(list(tmp_path.glob("shard-*"))) == 1
+
+
+def test_what_is_no_store_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(StoreError, match="Give a folder"):
+        Shards.open(tmp_path / "file", ABOUT)
+    with pytest.raises(StoreError, match="Give a folder"):
+        Shards.open(tmp_path / "file" / "below", ABOUT)
+    with pytest.raises(StoreError, match="holds 'file'"):
+        Shards.open(tmp_path, ABOUT)
+    assert [file.name for file in tmp_path.iterdir()] == ["file"]
+    other = tmp_path / "other"
+    other.mkdir()
+    with sqlite3.connect(other / "index.sqlite") as database:
+        database.execute("CREATE TABLE songs (name)")
+    database.close()
+    with pytest.raises(StoreError, match="another program"):
+        Shards.open(other, ABOUT)
+    Shards.open(tmp_path / "newer", ABOUT).close()
+    with sqlite3.connect(tmp_path / "newer" / "index.sqlite") as database:
+        database.execute("PRAGMA user_version = 99")
+    database.close()
+    with pytest.raises(StoreError, match="format 99"):
+        Shards.open(tmp_path / "newer", ABOUT)
+    with pytest.raises(StoreError, match="hold nothing"):
+        Shards.open(None, ABOUT, limit=0)
+
+
+def fill(store: Shards) -> None:
+    """The shards are small, but the log of the index grows."""
+    for first in range(10, 2_000, 100):
+        store.put(entry(number, 5) for number in range(first, first + 100))
+
+
+@pytest.mark.parametrize("largest", [1_000, 20_000, 41_000])
+def test_a_full_disk_leaves_a_valid_store(tmp_path: Path, largest: int) -> None:
+    """No file may grow beyond `largest`: the shard does not fit, or the index's log does not."""
+    with Shards.open(tmp_path, ABOUT) as store:
+        store.put(entry(number) for number in range(10))
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest, hard))
+        try:
+            with pytest.raises(StoreError, match="Free space"):
+                fill(store)
+            assert len(store.get(keys_of(range(10)))) == 10
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        entries = store.stats().entries
+        assert entries % 100 == 10
+        known = store.has(keys_of(range(2_000)))
+        assert len(known) == entries
+        shards = {file.name for file in tmp_path.glob("shard-*")}
+        assert len(shards) == 1 + (entries - 10) // 100  # nothing half-written is left
+        assert not list((tmp_path / "writing").iterdir())
+        assert store.verify() == []
+        assert store.put(entry(number, 5) for number in range(10, 2_000)) == 2_000 - entries
+
+
+def test_a_failing_flush_stores_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(handle: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with Shards.open(tmp_path, ABOUT) as store:
+        store.put([entry(1)])
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", fail)
+            with pytest.raises(StoreError, match="No space left"):
+                store.put([entry(2)])
+        assert list(store.keys()) == [key_of(1)]
+        assert len(list(tmp_path.rglob("shard-*"))) == 1
+        assert store.put([entry(2)]) == 1
+
+
+def test_the_least_recently_used_leave_at_the_limit(opened: Opened) -> None:
+    """An entry of 1,000 rows has 24 kB; an index 40 kB: of eight there is room for seven."""
+    limit = 7 * 24_000 + 48_000
+    store = opened(limit)
+    for number in range(7):
+        store.put([entry(number, 1_000)])
+    assert store.stats().entries == 7
+    store.get([key_of(0)])
+    store.put([entry(1, 1_000)])
+    store.put([entry(7, 1_000)])
+    left = {number for number in range(8) if store.has([key_of(number)])}
+    assert {0, 1, 7} <= left
+    assert 2 not in left
+    assert_exact(store.get(keys_of(left)), left, 1_000)
+    for number in range(8, 40):
+        store.put([entry(number, 1_000)])
+        assert store.stats().bytes <= limit
+        assert store.has(keys_of([number, number - 1, number - 2])) == {
+            *keys_of([number, number - 1, number - 2])
+        }
+    assert 5 <= store.stats().entries <= 8
+    with pytest.raises(StoreError, match="limit is"):
+        store.put(entry(number, 1_000) for number in range(100, 110))
+    assert store.has([key_of(39)])
+
+
+def test_use_times_are_shared_once_a_minute(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def bytes_of_the_log() -> bytes:
+        return (tmp_path / "index.sqlite-wal").read_bytes()
+
+    limit = 4 * 24_000 + 48_000
+    with Shards.open(tmp_path, ABOUT, limit=limit) as store, Shards.open(tmp_path, ABOUT) as reader:
+        for number in range(4):
+            store.put([entry(number, 1_000)])
+        before = bytes_of_the_log()
+        reader.get([key_of(0)])
+        assert bytes_of_the_log() == before
+        monkeypatch.setattr(shards, "_EVERY", 0.0)
+        reader.get([key_of(0)])
+        assert bytes_of_the_log() != before
+        store.put([entry(4, 1_000)])
+        assert store.has(keys_of(range(5))) >= {*keys_of([0, 4])}
+        assert not store.has([key_of(1)])
+
+
+def test_entries_are_views_and_few_shards_stay_mapped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reading, "_OPEN", 3)
+
+    def mapped() -> int:
+        return Path("/proc/self/maps").read_text().count(f"{tmp_path}/shard-")
+
+    with Shards.open(tmp_path, ABOUT) as store:
+        for number in range(0, 20, 2):
+            store.put([entry(number), entry(number + 1)])
+        found = store.get(keys_of([0, 1]))
+        first, second = (each.tensors["keys"].untyped_storage() for each in found.values())
+        assert first.data_ptr() == second.data_ptr()
+        del first, second
+        found.clear()
+        tells = Path("/proc/self/maps").exists()
+        found = store.get(keys_of(range(20)))
+        assert_exact(found, range(20))
+        if tells:
+            assert mapped() == 10
+            found.clear()
+            assert mapped() == 3
+        store.discard(keys_of(range(10, 20)))
+        store.compact()
+        if tells:
+            assert mapped() == 0
+
+
+def test_threads_share_a_store(opened: Opened) -> None:
+    store = opened()
+    store.put(entry(number) for number in range(20))
+
+    def read(seed: int) -> int:
+        chance = random.Random(seed)
+        for _ in range(60):
+            numbers = chance.sample(range(60), 10)
+            found = store.get(keys_of(numbers))
+            assert_exact(found, [n for n in numbers if n < 20 or key_of(n) in found])
+        return 1
+
+    def write(first: int) -> int:
+        for turn in range(6):
+            store.put(entry(number) for number in range(first, first + 20))
+            store.discard(keys_of(range(first, first + 20, 2)))
+            if turn % 2:
+                store.compact()
+        return 1
+
+    with ThreadPoolExecutor(6) as pool:
+        readers = [pool.submit(read, seed) for seed in range(4)]
+        writers = [pool.submit(write, first) for first in (20, 40)]
+        assert sum(each.result() for each in (*readers, *writers)) == 6
+    assert store.verify() == []
+    assert store.stats().entries == 40

@@ -25,6 +25,17 @@ _LEFT_OPEN = (
     "The index of the store {name} cannot be opened. Give permission to read and write the folder; "
     "if its last writer was killed, open the store once with that permission."
 )
+_FAILED = (
+    "The index of the store {name} could not be read or written ({error}). Free space on the disk, "
+    "or correct its permissions or limits, and try again."
+)
+_DAMAGED = (  # malformed pages, tables that are gone, text that is none, ...
+    sqlite3.SQLITE_CORRUPT,
+    sqlite3.SQLITE_NOTADB,
+    sqlite3.SQLITE_ERROR,
+    sqlite3.SQLITE_SCHEMA,
+    sqlite3.SQLITE_MISMATCH,
+)
 _MESSAGES = {
     sqlite3.SQLITE_FULL: _FULL,
     sqlite3.SQLITE_BUSY: _BUSY,
@@ -131,16 +142,15 @@ class Database:
     def _told(self) -> Iterator[None]:
         try:
             yield
+        except (sqlite3.ProgrammingError, sqlite3.InterfaceError):
+            raise  # wrong use of SQLite is no fault of the store
+        except UnicodeDecodeError as error:
+            raise self.damaged(error) from error
         except sqlite3.Error as error:
             code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF
-            if code == sqlite3.SQLITE_IOERR:
-                raise StoreError(
-                    f"The index of the store {self.name} could not be read or written "
-                    f"({error}). Free space on the disk or correct its limits, and try again."
-                ) from error
-            message = _MESSAGES.get(code)
-            if message is None:  # no database, malformed, tables that are gone, ...
+            if code in _DAMAGED:
                 raise self.damaged(error) from error
-            raise StoreError(message.format(name=self.name)) from error
+            message = _MESSAGES.get(code, _FAILED)
+            raise StoreError(message.format(name=self.name, error=error)) from error
         except OSError as error:
-            raise StoreError(f"The index of the store {self.name} is gone ({error}).") from error
+            raise StoreError(_FAILED.format(name=self.name, error=error)) from error

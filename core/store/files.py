@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import uuid
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -18,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from ..errors import StoreError
 
 INDEX, LOCK, WRITING = "index.sqlite", "write.lock", "writing"
+_NAME = re.compile(r"shard-[0-9a-f]{32}\.safetensors")
 _PATIENCE = 600.0  # seconds that a writer waits for another
 
 
@@ -106,6 +108,8 @@ class Folder:
             BrokenError: It is missing, cut, or its header cannot be read.
             StoreError: It cannot be opened now (too many open files, no permission, ...).
         """
+        if not _NAME.fullmatch(shard):  # a damaged or forged index must not name other files
+            raise BrokenError("that is no name of a shard")
         file = self.path / shard
         try:
             if (found := file.stat().st_size) != size:  # a cut file must not be mapped
@@ -120,14 +124,16 @@ class Folder:
 
     def remove(self, shard: str) -> None:
         """Where a mapped file cannot be removed it stays, and the next writer tries again."""
-        with suppress(OSError):
-            (self.path / shard).unlink(missing_ok=True)
+        if _NAME.fullmatch(shard):
+            with suppress(OSError):
+                (self.path / shard).unlink(missing_ok=True)
 
     def sweep(self, known: Collection[str]) -> None:
         """Half-written files too."""
         for file in (*self.path.glob("shard-*"), *self.path.glob(f"{WRITING}/*")):
             if file.name not in known:
-                self.remove(str(file.relative_to(self.path)))
+                with suppress(OSError):
+                    file.unlink(missing_ok=True)
 
     def bytes(self) -> int:
         """Size of all shards on disk, those that nobody names any more included."""

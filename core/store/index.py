@@ -22,6 +22,7 @@ _TABLES = (
     "rows INTEGER NOT NULL, bytes INTEGER NOT NULL)",
     "CREATE TABLE entries (key TEXT PRIMARY KEY, shard INTEGER NOT NULL, start INTEGER NOT NULL, "
     "rows INTEGER NOT NULL, checksum INTEGER NOT NULL, used REAL NOT NULL) WITHOUT ROWID",
+    "CREATE INDEX entries_of_shards ON entries (shard, rows)",
     f"PRAGMA user_version = {_VERSION}",
     f"PRAGMA application_id = {_OURS}",
 )
@@ -114,18 +115,21 @@ class Index:
 
     def find(self, keys: Collection[str]) -> list[Place]:
         """Where those lie that are there."""
-        return self._places("key", keys)
+        return self._places("key IN ({})", keys)
 
     def inside(self, shards: Collection[str]) -> list[Place]:
-        """All entries of those shards, in the order in which they lie there."""
-        found = self._places("COALESCE(name, '')", shards)
-        return sorted(found, key=lambda place: (place.shard, place.start))
+        """All entries of those shards."""
+        return self._places("shard IN (SELECT id FROM shards WHERE name IN ({}))", shards)
 
-    def _places(self, column: str, values: Collection[str]) -> list[Place]:
+    def lost(self) -> list[Place]:
+        """Entries of shards that the index does not know."""
+        return self._places("name IS NULL OR name = {}", [""])
+
+    def _places(self, where: str, values: Collection[str]) -> list[Place]:
         found: list[Place] = []
         with self._database.reading() as db:
             for some, marks in _parts(values):
-                rows = db.execute(f"{_PLACES} WHERE {column} IN ({marks})", some)
+                rows = db.execute(f"{_PLACES} WHERE {where.format(marks)}", some)
                 found += [Place(*row) for row in rows]
         for each in found:
             numbers: tuple[object, ...] = (each.size, each.start, each.rows, each.checksum)

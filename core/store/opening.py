@@ -27,11 +27,7 @@ def folder_of(path: Path) -> Folder:
         ) from error
     if (path / INDEX).exists():  # asked last: a store in the making has its index first
         return files
-    if any(name.startswith("shard-") for name in names):
-        raise StoreError(
-            f"The store {files.name} has lost its {INDEX}. Put it back, or delete the folder and "
-            "index again."
-        )
+    has_no_shards(files)
     if strangers := sorted(name for name in names if name not in (LOCK, WRITING)):
         raise StoreError(
             f"{files.name} is no store: it holds {strangers[0]!r}. Give an empty folder, or a "
@@ -40,6 +36,19 @@ def folder_of(path: Path) -> Folder:
     if files.read_only:
         raise StoreError(f"{files.name} is read-only: no store can be made there.")
     return files
+
+
+def has_no_shards(files: Folder) -> None:
+    """A store in the making has none yet.
+
+    Raises:
+        StoreError: There are shards, so that the index that named them has been lost.
+    """
+    if any(files.path.glob("shard-*")):
+        raise StoreError(
+            f"The store {files.name} has lost what its {INDEX} held. Put that back, or delete the "
+            "folder and index again."
+        )
 
 
 def compare(name: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:

@@ -10,6 +10,7 @@ from threading import Lock
 
 import torch
 
+from ..errors import StoreError
 from .entries import Entry, Place, checksum, rows_of
 from .files import BrokenError, Files
 from .index import Index
@@ -39,7 +40,7 @@ class Reader:
         """Entries at those places, or wherever they have moved; `broken` gets the others' keys."""
         while places:
             failed: dict[Place, BrokenError] = {}
-            for place in places:
+            for place in sorted(places, key=lambda place: (place.shard, place.start)):
                 try:
                     yield self._entry(place, anew)
                 except BrokenError as error:
@@ -82,8 +83,11 @@ class Reader:
                     "more of shard %r): %s.", self._files.name, place.key, shard, reason,
                 )  # fmt: skip
         if not self._files.read_only:
-            self._index.drop(lost)
-            self._index.forget({place.shard for place, error in lost.items() if error.whole})
+            try:
+                self._index.drop(lost)
+                self._index.forget({place.shard for place, error in lost.items() if error.whole})
+            except StoreError as error:  # a full disk is no reason not to answer
+                logger.warning("They stay in the index for now. %s", error)
 
     def keep_only(self, shards: Collection[str]) -> None:
         """Let go of all others."""
