@@ -24,6 +24,7 @@ from .runtime.worker import Worker
 from .specpc.draft import DraftModel
 from .specpc.pipeline import compress
 from .specpc.result import failed
+from .specpc.stored.passage_store import PassageStore, store_of
 from .types import CompressedContext, Passage
 
 logger = logging.getLogger(__name__)
@@ -39,6 +40,8 @@ class Compressor:
         tokenizer: Its tokenizer (with a fast backend).
         template_options: Extra arguments of the chat template, such as `enable_thinking`.
         progress: Show a bar while several prompts are read, or one beyond the draft's window.
+        store: Passages that the draft has read before: a `PassageStore`, or the folder of one.
+        store_new: Whether passages that are not in the store are put there.
     """
 
     def __init__(
@@ -48,8 +51,13 @@ class Compressor:
         *,
         template_options: Mapping[str, Any] | None = None,
         progress: bool = True,
+        store: PassageStore | str | Path | None = None,
+        store_new: bool = False,
     ) -> None:
         self.draft = DraftModel(model, tokenizer, template_options, progress)
+        if store is not None:
+            self.draft.store = store_of(store, self.draft)
+            self.draft.store_new = store_new
         self.worker = Worker()  # runs the asynchronous calls
 
     @classmethod
@@ -88,13 +96,20 @@ class Compressor:
         template_options: Mapping[str, Any] | None = None,
         trust_remote_code: bool = False,
         progress: bool = True,
+        store: PassageStore | str | Path | None = None,
+        store_new: bool = False,
     ) -> Compressor:
         """Load the draft: "builtin:draft", a folder, a GGUF file or a hub id (see `load_model`).
 
         `progress=False` turns all bars off, while loading and later.
 
+        Args:
+            store: See the class.
+            store_new: See the class.
+
         Raises:
             ModelNotFoundError: There is no such model.
+            StoreError: The store is another draft's, or none.
         """
         loaded = load_model(
             model,
@@ -108,7 +123,12 @@ class Compressor:
             progress=progress,
         )
         return cls(
-            loaded.model, loaded.tokenizer, template_options=template_options, progress=progress
+            loaded.model,
+            loaded.tokenizer,
+            template_options=template_options,
+            progress=progress,
+            store=store,
+            store_new=store_new,
         )
 
     def compress(

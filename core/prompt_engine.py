@@ -25,6 +25,7 @@ from .models.loading import AnyQuantization, accept, context_window, load_model
 from .prompt.encoder import PromptEncoder
 from .prompt.messages import Prompt
 from .runtime.worker import Worker
+from .specpc.stored.passage_store import PassageStore
 from .types import Answer, Chunk, Trace
 
 
@@ -45,6 +46,8 @@ class PromptEngine:
         progress: Show bars for long work (many prompts, prompts beyond the draft's window).
         draft_store: Tri-grams for `Generation(drafting="aded")`, as from `draftsieve drafts build`.
             It remembers text, and so does None: an own store, filled by this engine's requests.
+        store: Passages that the draft has read before, see `Compressor`.
+        store_new: Whether passages that are not in the store are put there.
     """
 
     def __init__(
@@ -58,6 +61,8 @@ class PromptEngine:
         name: str | None = None,
         progress: bool = True,
         draft_store: TrigramStore | None = None,
+        store: PassageStore | str | Path | None = None,
+        store_new: bool = False,
     ) -> None:
         self.progress = progress
         self.target = accept(target_model)
@@ -70,8 +75,15 @@ class PromptEngine:
         reader = draft_tokenizer or tokenizer
         if draft_model is not None and reader is not None:
             self.compressor = Compressor(
-                draft_model, reader, template_options=template_options, progress=progress
+                draft_model,
+                reader,
+                template_options=template_options,
+                progress=progress,
+                store=store,
+                store_new=store_new,
             )
+        elif store is not None:
+            raise ModelError(f"A store needs a draft that reads with it. {NO_DRAFT}")
         # one thread for the asynchronous requests of both models
         self._worker = Worker() if self.compressor is None else self.compressor.worker
         if tokenizer is not None:
@@ -101,6 +113,8 @@ class PromptEngine:
         trust_remote_code: bool = False,
         progress: bool = True,
         draft_store: TrigramStore | None = None,
+        store: PassageStore | str | Path | None = None,
+        store_new: bool = False,
     ) -> Self:
         """Load a pair: "builtin:target" with "builtin:draft", folders, GGUF files, or hub ids.
 
@@ -123,6 +137,8 @@ class PromptEngine:
             trust_remote_code: Run code that a hub repository carries; off unless you ask for it.
             progress: Show bars while loading and for long work.
             draft_store: See the class.
+            store: See the class.
+            store_new: See the class.
 
         Raises:
             ModelNotFoundError: A model does not exist or cannot be reached.
@@ -159,6 +175,8 @@ class PromptEngine:
             name=big.name,
             progress=progress,
             draft_store=draft_store,
+            store=store,
+            store_new=store_new,
         )
 
     def generate(

@@ -40,6 +40,7 @@ class Request:
     memories: Memories | None = None
     clock: Clock = field(default_factory=Clock)  # seconds a stage
     deadline: float | None = field(init=False)
+    note: str | None = None  # what had to be left out of SpecPC's method
     fallback: str | None = None  # why a method was not applied although it was asked for
     # 1. SpecPC, in the draft's tokens (`specpc/pipeline.py`)
     draft_tokens: PromptTokens | None = None  # of `prompt`

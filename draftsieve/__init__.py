@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from draftsieve.core.grammar import Grammar
     from draftsieve.core.prompt.messages import Prompt
     from draftsieve.core.session import Session
+    from draftsieve.core.specpc.stored.passage_store import PassageStore
     from draftsieve.core.types import (
         Answer,
         Chunk,
@@ -55,6 +56,7 @@ _HOMES = {
     "ModelNotFoundError": "errors",
     "OutOfMemoryError": "errors",
     "Passage": "types",
+    "PassageStore": "specpc.stored.passage_store",
     "Prompt": "prompt.messages",
     "PromptError": "errors",
     "Quantization": "config",
@@ -87,6 +89,7 @@ __all__ = [
     "ModelNotFoundError",
     "OutOfMemoryError",
     "Passage",
+    "PassageStore",
     "Prompt",
     "PromptError",
     "Quantization",

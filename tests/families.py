@@ -176,6 +176,17 @@ def build_from(config: PreTrainedConfig, implementation: str) -> PreTrainedModel
     return model.float().eval()
 
 
+def without_sliding(name: str, vocab_size: int) -> PreTrainedModel:
+    """The family with full attention in every layer."""
+    config = _CONFIGS[name]()
+    config.vocab_size = vocab_size
+    if getattr(config, "layer_types", None):
+        config.layer_types = ["full_attention"] * config.num_hidden_layers
+    else:
+        config.sliding_window = None
+    return build_from(config, "eager")
+
+
 def fresh(name: str, implementation: str) -> PreTrainedModel:
     """A model of `build` that a test may change."""
     return deepcopy(build(name, implementation))

@@ -229,15 +229,15 @@ def observing_until(
 
     Args:
         model: As for `observing`.
-        callback: As for `observing`, for looking only; None where nothing but a cache is wanted.
+        callback: As for `observing`; None where nothing but a cache is wanted.
         last: Index of the last layer that runs.
     """
 
-    def watch(call: AttentionCall) -> None:
-        if callback is not None:
-            callback(call)
+    def watch(call: AttentionCall) -> torch.Tensor | None:
+        found = None if callback is None else callback(call)
         if call.layer >= last:
             raise _EnoughError
+        return found
 
     with suppress(_EnoughError), observing(model, watch):
         yield

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from threading import Lock
 from typing import Any, Protocol, runtime_checkable
@@ -69,14 +69,35 @@ def cosines(embedder: Embedder | str | Path, question: str, texts: Sequence[str]
         ModelError: The embedder fails, or gives no vectors that can be compared.
     """
     found = load_embedder(embedder)
-    owner = getattr(found, "__self__", found)  # bound methods are new objects at every look
-    key = id(owner), "" if owner is found else getattr(found, "__qualname__", "")
+    return (_vectors_of(found) or TextVectors()).cosines(found, question, texts)
+
+
+def embed(embedder: Embedder | str | Path, texts: Sequence[str]) -> torch.Tensor:
+    """Vectors of documents, (texts, width) float32 of length one; none is remembered.
+
+    Raises:
+        ModelError: As for `cosines`.
+    """
+    rows = _embedded(load_embedder(embedder), list(texts), False, None) if texts else []
+    return torch.stack(rows) if rows else torch.empty(0, 0)
+
+
+def remember(embedder: Embedder | str | Path, vectors: Mapping[str, torch.Tensor]) -> None:
+    """Tell `cosines` what an embedder gives for some texts: (width,) float32 of length one each."""
+    if vectors and (own := _vectors_of(load_embedder(embedder))) is not None:
+        own.add(vectors)
+
+
+def _vectors_of(embedder: Embedder) -> TextVectors | None:
+    """What is remembered of an embedder; None where nothing may be."""
+    owner = getattr(embedder, "__self__", embedder)  # bound methods are new objects at every look
+    key = id(owner), "" if owner is embedder else getattr(embedder, "__qualname__", "")
     if key not in _KNOWN:
         try:
             weakref.finalize(owner, _KNOWN.pop, key, None).atexit = False
         except TypeError:  # it cannot be watched, so nothing may be kept for it
-            return TextVectors().cosines(found, question, texts)
-    return _KNOWN.setdefault(key, TextVectors()).cosines(found, question, texts)
+            return None
+    return _KNOWN.setdefault(key, TextVectors())
 
 
 class TextVectors:
@@ -96,6 +117,11 @@ class TextVectors:
             documents = self._find(embedder, texts, asked=False)  # (texts, width)
             (row,) = self._find(embedder, [question], asked=isinstance(embedder, DocumentEmbedder))
         return documents @ row if texts else torch.empty(0)
+
+    def add(self, vectors: Mapping[str, torch.Tensor]) -> None:
+        """Take documents' vectors that somebody else has kept."""
+        with self._lock:
+            self._rows.update({(False, text): row for text, row in vectors.items()})
 
     def _find(self, embedder: Embedder, texts: Sequence[str], *, asked: bool) -> torch.Tensor:
         """(texts, width) unit rows; only texts without one are embedded, each once."""

@@ -73,7 +73,7 @@ def read_apart(
     with torch.no_grad():
         if begin:
             _read(model, ids[None, :begin], cache, torch.arange(begin)[None], None, stop)
-        parts, likely = _read_blocks(model, ids, blocks, cache, begin, stop, asked)
+        parts, likely = read_blocks(model, ids, blocks, cache, begin, stop, asked)
         whole = _joined(model, [cache, *parts], last)
         check_deadline()
         longest = max((stop - start for start, stop in blocks), default=0)
@@ -135,7 +135,7 @@ def _read(
     return None
 
 
-def _read_blocks(
+def read_blocks(
     model: PreTrainedModel,
     ids: torch.Tensor,
     blocks: Sequence[Block],

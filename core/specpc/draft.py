@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm import tqdm
@@ -18,6 +18,9 @@ from ..models.loading import accept, context_window
 from ..prompt.encoder import PromptEncoder, PromptTokens
 from ..types import DraftReading
 from .draft_scores import read_draft, read_scores
+
+if TYPE_CHECKING:
+    from .stored.passage_store import PassageStore
 
 
 class DraftModel:
@@ -40,6 +43,8 @@ class DraftModel:
         self.model, self.tokenizer = accept(model), tokenizer
         self.encoder = PromptEncoder(tokenizer, template_options)
         self.context_window = context_window(model)
+        self.store: PassageStore | None = None  # passages that need not be read
+        self.store_new = False  # whether those that are not in it are put there
         self.progress = progress
 
     def read(

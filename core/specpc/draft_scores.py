@@ -97,7 +97,7 @@ def read_scores(
     weights = row_weights(torch.tensor([window]), window, options.weighted_query)
     seen = torch.ones((1, size), dtype=torch.bool, device=model.device)
     first = 0 if heads else starting_layer(model, options)
-    rows = _Rows(seen, weights.to(model.device), options, first, heads)
+    rows = Rows(seen, weights.to(model.device), options, first, heads)
     last = model.config.get_text_config().num_hidden_layers - 1
     last = last if heads is None else heads.last_layer
     likelihood = None
@@ -146,14 +146,14 @@ class _Scoring:
         self.lengths, self.first_layer = lengths, 0 if self.heads else first_layer
         padding = mask_left(lengths, model.device).bool()  # (batch, columns)
         nothing = torch.zeros(len(lengths), 1, device=padding.device)
-        self.rows = _Rows(padding, nothing, options, self.first_layer)  # of the lookahead
+        self.rows = Rows(padding, nothing, options, self.first_layer)  # of the lookahead
 
     @contextmanager
     def reading(self, rows: Sequence[int], mask: torch.Tensor) -> Iterator[None]:
         """Watch a pass over some prompts, (rows, columns) at the end of the batch's columns."""
         windows = torch.tensor([self.windows[row] for row in rows], device=mask.device)
         weights = row_weights(windows, int(windows.max()), self.options.weighted_query)
-        watching = _Rows(mask.bool(), weights, self.options, self.first_layer, self.heads)
+        watching = Rows(mask.bool(), weights, self.options, self.first_layer, self.heads)
         with observing(self.model, watching):
             yield
         total = self.rows.total
@@ -180,7 +180,7 @@ class _Scoring:
         return [row[-length:] for row, length in zip(total, self.lengths, strict=True)]
 
 
-class _Rows:
+class Rows:
     """Attention callback that reduces rows to one score per prompt token as layers go by."""
 
     def __init__(
@@ -199,19 +199,28 @@ class _Rows:
         self.called = False
 
     def __call__(self, call: AttentionCall) -> None:
-        if call.layer < self.first_layer:
-            return
         self.called = True
-        probabilities, first = call.probabilities(self.padding, self.weights.shape[1])
+        if self.wants(call.layer):
+            self.add(call.layer, *call.probabilities(self.padding, self.weights.shape[1]))
+
+    def wants(self, layer: int) -> bool:
+        """Whether anything of a layer counts."""
+        if self.heads is not None:
+            return bool((self.heads.heads[layer] != 0).any())
+        return layer >= self.first_layer
+
+    def add(self, layer: int, probabilities: torch.Tensor, first: int) -> None:
+        """Take in a layer's (batch, heads, rows, keys), whose first key stands at `first`."""
+        self.called = True
         weights = self.weights.to(probabilities.device)
         if self.heads is None:
-            layer = reduce_rows(probabilities, weights, self.how)  # (batch, keys)
+            merged = reduce_rows(probabilities, weights, self.how)  # (batch, keys)
         else:
-            own = self.heads.heads[call.layer].to(probabilities.device)  # (heads,)
+            own = self.heads.heads[layer].to(probabilities.device)  # (heads,)
             found = merge_rows(probabilities, weights, self.heads.rows)
-            layer = torch.einsum("bhk,h->bk", found, own)
+            merged = torch.einsum("bhk,h->bk", found, own)
         seen = max(0, self.prompt - first)  # none where a window has left the prompt behind
-        self._merge(layer[:, :seen].to(self.total.device), first)
+        self._merge(merged[:, :seen].to(self.total.device), first)
 
     def _merge(self, layer: torch.Tensor, first: int) -> None:
         part = self.total[:, first : first + layer.shape[1]]

@@ -42,11 +42,17 @@ def compress(
         method: Budget and options.
         on_error: "raise" raises the first failure; with "original" each request fails alone.
     """
-    method = settled(method, draft.model)
+    note = None
+    if draft.store is None:
+        method = settled(method, draft.model)
+    else:
+        method, note = draft.store.settled(method)
+        _say_once(note)
     if method.head_weights is not None:  # a missing file is no fault of a single request
         head_weights(draft.model, method.head_weights)
     near = _nearness(method)
     for request in requests:
+        request.note = note
         with _forgiving(draft, request, on_error), explain_out_of_memory(draft=draft.model):
             _encode(draft, request, method)
     _read(draft, [r for r in requests if r.context is None], method, on_error)
@@ -58,16 +64,16 @@ def compress(
 
 def _nearness(method: SpecPC) -> Nearness | None:
     """What an embedder says; nothing where none is asked. A missing one is no request's fault."""
-    if (note := no_embedder(method)) is not None:
-        _say_once(note)
+    _say_once(no_embedder(method))
     if not method.semantic_weight or method.embedder is None:
         return None
     return partial(cosines, load_embedder(method.embedder))
 
 
 @cache
-def _say_once(note: str) -> None:
-    logger.info(note)
+def _say_once(note: str | None) -> None:
+    if note is not None:
+        logger.info(note)
 
 
 def _encode(draft: DraftModel, request: Request, method: SpecPC) -> None:
@@ -86,7 +92,7 @@ def _encode(draft: DraftModel, request: Request, method: SpecPC) -> None:
     request.lookahead_tokens = method.lookahead_tokens or request.generation.max_new_tokens
     request.groups, request.parts = (), [tokens]
     room = draft.context_window and draft.context_window - request.lookahead_tokens
-    if room is None or len(tokens) <= room:
+    if room is None or len(tokens) <= room or draft.store is not None:
         return
     texts = [passage.text for passage in prompt.passages]
     request.groups = plan_groups(texts, tokens, fixed, room)
@@ -106,13 +112,7 @@ def _read(
     clock = Clock()
     try:
         with clock("draft"), explain_out_of_memory(_describe(requests, method), draft=draft.model):
-            found = iter(
-                draft.read(
-                    [part for request in requests for part in request.parts],
-                    method,
-                    [request.lookahead_tokens for request in requests for _ in request.parts],
-                )
-            )
+            found = iter(_readings(draft, requests, method))
     except Exception as error:
         if len(requests) > 1 and not isinstance(error, RequestTimeoutError):
             for request in requests:
@@ -126,6 +126,16 @@ def _read(
     for request in requests:
         request.clock.add(clock.seconds)
         request.reading = _whole_reading(request, [next(found) for _ in request.parts])
+
+
+def _readings(draft: DraftModel, requests: Sequence[Request], method: SpecPC) -> list[DraftReading]:
+    """One for each part of each request."""
+    if draft.store is None:
+        parts = [part for request in requests for part in request.parts]
+        guessed = [request.lookahead_tokens for request in requests for _ in request.parts]
+        return draft.read(parts, method, guessed)
+    reading, new = draft.store.reading, draft.store_new
+    return [reading(r.prompt, part, method, new) for r in requests for part in r.parts]
 
 
 def _choose(draft: DraftModel, request: Request, method: SpecPC, near: Nearness | None) -> None:

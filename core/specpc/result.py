@@ -30,6 +30,7 @@ def describe(
     """
     before, shorter, reading = request.draft_tokens, request.shorter, request.reading
     assert before is not None  # it was encoded
+    notes = [request.note, no_embedder(method)]
     ids = [passage.id or "" for passage in request.prompt.passages]
     scores = None if reading is None else reading.scores
     best = torch.zeros(len(ids)) if scores is None else passage_scores(before, scores, len(ids))
@@ -50,7 +51,7 @@ def describe(
             compressed_passage_tokens=int((~after.protected).sum()),
             compressed=len(after) < len(before),
             seconds=dict(request.clock.seconds),
-            note=None if reading is None else no_embedder(method),
+            note=None if reading is None else " ".join(filter(None, notes)) or None,
         ),
         lookahead_ids=() if reading is None else tuple(reading.lookahead_ids.tolist()),
     )

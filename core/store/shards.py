@@ -88,6 +88,21 @@ class Shards:
             raise
         return cls(files, index, limit)
 
+    @staticmethod
+    def made_with(path: str | Path) -> dict[str, Any]:
+        """What a store was made with; nothing where there is none.
+
+        Raises:
+            StoreError: The index is damaged, or another program's.
+        """
+        if not (Path(path) / INDEX).is_file():
+            return {}
+        index = Index(Path(path) / INDEX, read_only=True)
+        try:
+            return {} if index.is_new() else dict(index.about())
+        finally:
+            index.close()
+
     def put(self, entries: Iterable[Entry]) -> int:
         """Store entries, as one shard: all of them, or none if this is interrupted.
 

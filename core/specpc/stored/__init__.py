@@ -1,0 +1,1 @@
+"""Passages that the draft has read once, and questions over them."""

@@ -1,0 +1,328 @@
+"""`PassageStore`: passages that the draft has read once, for any number of questions.
+
+What a passage is read as depends on the draft, on the beginning that its template writes, and on
+the passage's own text: that text's hash is its name. Keys and values are those of the draft's
+cache, at the positions behind the beginning; every passage starts there anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from tqdm import tqdm
+from transformers import DynamicCache
+
+from ...config import SpecPC
+from ...errors import ModelError, StoreError
+from ...kv_cache.layers import StoppableCache, full_states
+from ...kv_cache.prefill import passes_of
+from ...models import embedder
+from ...models.embedder import Embedder
+from ...models.loading import fingerprint
+from ...prompt.encoder import PromptTokens
+from ...prompt.messages import Prompt
+from ...store.codec import Codec, encode
+from ...store.entries import Entry
+from ...store.shards import Shards, ShardStats
+from ...types import DraftReading, Passage
+from ..apart import read_blocks
+from ..draft import DraftModel
+from .frame import Frame
+from .layout import Layers, Layout, Tier, layout_of, settled_for
+from .reading import Beginning, read_stored
+from .vectors import StoredVectors
+
+FORMAT = 1
+MEMORY = ":memory:"
+LONGEST = 4096  # tokens of a passage that are read in one piece; each piece begins anew
+ASKING = 256  # tokens of the draft's window that are left to questions
+_ROUND = 128  # passages that are read before they are written
+
+
+class PassageStore:
+    """Keys and values of passages by the hash of their text. Safe to use from several threads.
+
+    Args:
+        shards: Where they lie.
+        draft: Who reads.
+        layout: Which keys and values are kept.
+        frame: What stands around passages.
+    """
+
+    def __init__(
+        self,
+        shards: Shards,
+        draft: DraftModel,
+        layout: Layout,
+        frame: Frame,
+        vectors: StoredVectors | None = None,
+    ) -> None:
+        self.shards, self.draft, self.layout, self.frame = shards, draft, layout, frame
+        self.vectors = vectors
+        window, begin = draft.context_window, len(frame.ids)
+        self.piece = LONGEST if window is None else min(LONGEST, window - begin - ASKING)
+        if self.piece <= 0:
+            raise ModelError(
+                f"The draft's window of {window} tokens holds no passage beside the beginning "
+                f"({begin} tokens) and a question ({ASKING}): choose another draft."
+            )
+        self._beginning: Beginning | None = None
+
+    @classmethod
+    def open(
+        cls,
+        path: str | Path,
+        draft: DraftModel | HasDraft,
+        *,
+        tier: Tier | None = None,
+        codec: Codec | None = None,
+        layers: Layers | None = None,
+        embedder: Embedder | str | Path | None = None,
+        limit: int | None = None,
+    ) -> PassageStore:
+        """Open a store, or make one. What is not said is as the store was made.
+
+        Args:
+            path: Its folder; ":memory:" for one that is forgotten with the object.
+            draft: Who reads: a `Compressor`, or the draft inside of it.
+            tier: "cache" (of new stores) keeps keys and values, so that the question sees the
+                passages; "keys" only the keys of the heads that count.
+            codec: How numbers are kept: "float16", "int8" (of new stores) or "int4".
+            layers: "heads" (of new stores) keeps the layers up to the last one of which a head
+                counts, "all" every layer, for `likelihood_weight` and for guessed answers. Of a
+                draft whose heads are not calibrated all are kept.
+            embedder: Keeps its vectors of the passages' sentences too (see `SpecPC.embedder`), and
+                is asked by methods with a `semantic_weight` that have none of their own.
+            limit: Most bytes on disk, vectors apart; what was not used for longest leaves.
+
+        Raises:
+            StoreError: The folder holds a store of another draft, or of other options, or something
+                else.
+            ModelError: A layer of the draft is not plain full attention.
+            ConfigError: tier="keys" for a draft whose heads are not calibrated.
+        """
+        reader = draft if isinstance(draft, DraftModel) else draft.draft
+        where = None if str(path) == MEMORY else Path(path).expanduser()
+        made = {} if where is None else Shards.made_with(where)
+        chosen: dict[str, Any] = {
+            "tier": tier or made.get("tier", "cache"),
+            "codec": codec or made.get("codec", "int8"),
+            "layers": layers or made.get("layers", "heads"),
+        }
+        layout, frame = layout_of(reader.model, **chosen), Frame(reader.encoder)
+        about = {"format": FORMAT, **_about(reader, frame), **chosen, "heads": _hash(layout.keys)}
+        shards = Shards.open(where, about, limit=limit)
+        vectors = None if embedder is None else StoredVectors(where, embedder)
+        return cls(shards, reader, layout, frame, vectors)
+
+    def of(self, draft: DraftModel) -> PassageStore:
+        """The same store with another copy of its draft.
+
+        Raises:
+            StoreError: It is another draft.
+        """
+        if draft is self.draft:
+            return self
+        frame = Frame(draft.encoder)
+        if _about(draft, frame) != _about(self.draft, self.frame):
+            raise StoreError(
+                "This store was opened with another draft than the one that is to read with it "
+                "(other weights, or another chat template): open it with that one, or index the "
+                "passages again into a store of its own."
+            )
+        return PassageStore(self.shards, draft, self.layout, frame, self.vectors)
+
+    def add(self, passages: Iterable[str | Passage]) -> int:
+        """Read passages that are not there yet.
+
+        What has been read is kept every few hundred passages: a run that was ended goes on where it
+        was.
+
+        Args:
+            passages: Any number; nothing is held beyond a few hundred of them.
+
+        Returns:
+            How many were new.
+        """
+        total = len(passages) if isinstance(passages, Sequence) else None
+        new, rest = 0, iter(passages)
+        bar = tqdm(total=total, desc="Draft reads", disable=not self.draft.progress, leave=False)
+        with bar:
+            while some := list(islice(rest, _ROUND)):
+                texts = dict.fromkeys(_text(each) for each in some)
+                known = self.shards.has([digest(text) for text in texts])
+                unknown = [text for text in texts if digest(text) not in known]
+                new += self.shards.put(self._read(unknown))
+                if self.vectors is not None:
+                    self.vectors.add([digest(text) for text in texts], list(texts))
+                bar.update(len(some))
+        return new
+
+    def discard(self, passages: Iterable[str | Passage]) -> int:
+        """Forget passages, given by their texts or by their hashes; returns how many there were."""
+        names = [_text(each) for each in passages]
+        names = [name if _is_digest(name) else digest(name) for name in names]
+        if self.vectors is not None:
+            self.vectors.shards.discard(names)
+        return self.shards.discard(names)
+
+    def __contains__(self, passage: object) -> bool:
+        return isinstance(passage, str | Passage) and bool(
+            self.shards.has([digest(_text(passage))])
+        )
+
+    def stats(self) -> ShardStats:
+        """Passages, tokens and bytes; those of sentence vectors are counted apart."""
+        return self.shards.stats()
+
+    def compact(self) -> int:
+        """Let discarded passages leave the disk; returns the bytes that became free."""
+        more = 0 if self.vectors is None else self.vectors.shards.compact()
+        return self.shards.compact() + more
+
+    def verify(self) -> list[str]:
+        """Read everything; drops what is damaged and returns the passages' hashes."""
+        more = [] if self.vectors is None else self.vectors.shards.verify()
+        return list(dict.fromkeys([*self.shards.verify(), *more]))
+
+    def close(self) -> None:
+        """Let go of the files."""
+        self.shards.close()
+        if self.vectors is not None:
+            self.vectors.shards.close()
+
+    def __enter__(self) -> PassageStore:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def settled(self, method: SpecPC) -> tuple[SpecPC, str | None]:
+        """A method as it is for these passages, and what had to be left out of it; see
+        `stored_method`.
+        """
+        embedder = None if self.vectors is None else self.vectors.embedder
+        return settled_for(method, self.draft.model, self.layout, embedder)
+
+    def reading(
+        self, prompt: Prompt, tokens: PromptTokens, method: SpecPC, remember: bool = False
+    ) -> DraftReading:
+        """What the draft makes of a prompt's question over stored passages.
+
+        Args:
+            prompt: Whose question is asked over whose passages.
+            tokens: The same prompt as the draft's tokens, which get the scores.
+            method: As `settled` gave it.
+            remember: Keep passages that had to be read now.
+        """
+        texts = [passage.text for passage in prompt.passages]
+        entries = self._entries(texts, remember)
+        if self.vectors is not None and method.embedder is self.vectors.embedder:
+            known = self.vectors.known([digest(text) for text in texts], texts)
+            embedder.remember(method.embedder, known)
+        tail, model = self.frame.tail(prompt.question), self.draft.model
+        return read_stored(
+            model, self.beginning(), self.layout, entries, tail, tokens, method, self.piece
+        )
+
+    def beginning(self) -> Beginning:
+        """What the draft makes of the fixed beginning; read once."""
+        if self._beginning is None:
+            cache = StoppableCache(config=self.draft.model.config)
+            with torch.no_grad():
+                ids = self.frame.ids[None].to(self.draft.model.device)
+                self.draft.model.get_decoder()(input_ids=ids, past_key_values=cache, use_cache=True)
+            self._beginning = Beginning(tuple(full_states(cache)))
+        return self._beginning
+
+    def _entries(self, texts: Sequence[str], remember: bool) -> list[Entry | None]:
+        """What is stored of each text, or read now; None for those without tokens."""
+        names = [digest(text) for text in texts]
+        known = self.shards.get(list(dict.fromkeys(names)))
+        missing = {n: t for n, t in zip(names, texts, strict=True) if n not in known}
+        fresh = {entry.key: entry for entry in self._read(list(missing.values()))}
+        if remember and fresh:
+            self.shards.put(fresh.values())
+            if self.vectors is not None:
+                self.vectors.add(list(missing), list(missing.values()))
+        return [known.get(name) or fresh.get(name) for name in names]
+
+    def _read(self, texts: Sequence[str]) -> Iterator[Entry]:
+        """Read texts apart; those without tokens have no entry."""
+        model, begin = self.draft.model, self.beginning()
+        framed = {text: self.frame.passage(text) for text in texts}
+        pieces = [
+            (text, piece)
+            for text, (ids, _) in framed.items()
+            for piece in (torch.split(ids, self.piece) if len(ids) else ())
+        ]
+        done: dict[str, list[dict[str, torch.Tensor]]] = {}
+        stop = self.layout.last_layer
+        last = stop if stop < len(begin.states) - 1 else None
+        prefix = begin.cache(model, 1)
+        for rows in passes_of(model, [len(ids) for _, ids in pieces]):
+            ids = torch.cat([pieces[row][1] for row in rows]).to(model.device)
+            ends = torch.tensor([len(pieces[row][1]) for row in rows]).cumsum(0).tolist()
+            blocks = list(zip([0, *ends[:-1]], ends, strict=True))
+            caches, _ = read_blocks(model, ids, blocks, prefix, begin.tokens, last, None)
+            for row, cache in sorted(zip(rows, caches, strict=True), key=lambda each: each[0]):
+                text, (_, bounds) = pieces[row][0], framed[pieces[row][0]]
+                own = done.setdefault(text, [])
+                own.append(self._packed(cache))
+                if len(own) * self.piece >= len(bounds):
+                    parts = {n: torch.cat([each[n] for each in own]) for n in own[0]}
+                    yield Entry(digest(text), len(bounds), {"bounds": bounds, **parts})
+                    del done[text]
+
+    def _packed(self, cache: DynamicCache) -> dict[str, torch.Tensor]:
+        """One piece as the codec packs it."""
+        states = full_states(cache)
+        found: dict[str, torch.Tensor] = {}
+        for kind, places, which in (
+            ("keys", self.layout.keys, 0),
+            ("values", self.layout.values, 1),
+        ):
+            if places:
+                picked = torch.stack([states[layer][which][0, head] for layer, head in places], 1)
+                packed = encode(picked.cpu(), self.layout.codec)
+                found |= {f"{kind}.{name}": part for name, part in packed.items()}
+        return found
+
+
+def store_of(store: PassageStore | str | Path, draft: DraftModel) -> PassageStore:
+    """A store that this draft reads with; a folder is opened, or made."""
+    return store.of(draft) if isinstance(store, PassageStore) else PassageStore.open(store, draft)
+
+
+class HasDraft(Protocol):
+    """A compressor, or what else holds a draft."""
+
+    draft: DraftModel
+
+
+def _about(draft: DraftModel, frame: Frame) -> dict[str, str]:
+    """What tells drafts apart: weights, and what their template writes in front of passages."""
+    return {"draft": fingerprint(draft.model), "beginning": _hash(frame.ids.tolist())}
+
+
+def _hash(value: object) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
+
+
+def digest(text: str) -> str:
+    """The name of a passage: the SHA-256 of its text."""
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _is_digest(name: str) -> bool:
+    return len(name) == 64 and all(c in "0123456789abcdef" for c in name)
+
+
+def _text(passage: str | Passage) -> str:
+    return passage if isinstance(passage, str) else passage.text
