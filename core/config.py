@@ -125,6 +125,9 @@ class SpecPC(Options):
             likely the draft finds the question behind the passage alone (query likelihood, arXiv
             2204.07496), as a z-score over sentences or passages. Needs `passages_apart=True`;
             passages then go through all of the draft's layers.
+        likelihood_passages: Ask how likely the question is behind at most this many passages, those
+            with the best sentences; the others count as the least likely of them. None for all.
+            Saves time where passages come from a store.
         passage_floor: Units that every passage is sure of, its best ones, before all others
             compete; given out best first while the budget lasts.
         score_mass: Keep the best units only until they hold this share of the scores of all
@@ -168,6 +171,7 @@ class SpecPC(Options):
     embedder: AnyEmbedder = None
     passage_weight: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
     likelihood_weight: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
+    likelihood_passages: PositiveInt | None = None
     passage_floor: Annotated[int, Field(ge=0, strict=True)] = 0
     score_mass: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
     head_weights: str | Path | None = None

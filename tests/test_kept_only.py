@@ -214,3 +214,19 @@ def test_free_answers_are_reported_by_their_words() -> None:
     assert "answer kept" not in report
     assert "'answerable, follow-up', 1 items" in report
     assert "'unanswerable, alone'" not in report  # nothing had to be kept
+
+
+def test_passages_from_a_store_keep_what_is_kept_of_passages_read_now() -> None:
+    """The reading of the passages takes no part in the seconds."""
+    bench = Bench(None, draft())
+    shown = bench.open(make_item("one-key", 300, 0, bench.draft.count_tokens))
+    (method,) = find_methods(["stored:codec=float16,layers=all"])
+    assert method.keep is not None
+    first, again = method.keep(shown, HALF), method.keep(shown, HALF)
+    assert first.kept == again.kept
+    assert 0 < first.prompt_tokens < len(shown.tokens)
+    (fewer,) = find_methods(["stored:codec=int4,layers=all"])
+    assert fewer.keep is not None
+    assert fewer.keep(shown, HALF).kept
+    with pytest.raises(ConfigError, match=r"no options of a store: \['codecs'\]"):
+        find_methods(["stored:codecs=int8"])

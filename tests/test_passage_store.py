@@ -316,3 +316,38 @@ def _count_tokens_read(compressor: Compressor) -> Any:
         return found
 
     return look
+
+
+def test_the_question_is_asked_behind_the_best_passages_only() -> None:
+    """The others count as the least likely of them; the same as when all are read now."""
+    draft = _compressor()
+    method = LIKELY.model_copy(update={"likelihood_passages": 2, "ratio": 0.3})
+    store = PassageStore.open(":memory:", draft, codec="float16", layers="all")
+    found, _ = _stored(store, method, TEXTS)
+    every, _ = _stored(store, LIKELY, TEXTS)
+    asked = torch.isfinite(found.likelihood)
+    assert int(asked.sum()) == 2
+    torch.testing.assert_close(found.likelihood[asked], every.likelihood[asked])
+    stored = Compressor(draft.model, draft.tokenizer, store=store)
+    kept = stored.compress(QUESTION, TEXTS, method)
+    assert 0 < kept.stats.compressed_passage_tokens < kept.stats.passage_tokens
+    now = draft.compress(QUESTION, TEXTS, method)
+    assert 0 < now.stats.compressed_passage_tokens < now.stats.passage_tokens
+
+
+def test_a_question_may_see_passages_in_upper_layers_only(tmp_path: Path) -> None:
+    draft = _compressor()
+    with PassageStore.open(tmp_path, draft, codec="float16", first_layer=2) as store:
+        assert {layer for layer, _ in store.layout.keys} == {2, 3}
+        store.add(TEXTS)
+        found, own = _stored(store, APART, TEXTS)
+        assert (found.scores[own.passage >= 0] > 0).any()
+        whole = PassageStore.open(":memory:", draft, codec="float16")
+        whole.add(TEXTS)
+        assert store.stats().bytes < whole.stats().bytes
+        lower = PassageStore.open(":memory:", draft, codec="float16", first_layer=1)
+        other, _ = _stored(lower, APART, TEXTS)
+        assert not torch.allclose(found.scores, other.scores)  # layer 1 tells something
+    assert PassageStore.open(tmp_path, draft).layout == store.layout  # as it was made
+    with pytest.raises(ConfigError, match="choose one from 0 to 2"):
+        PassageStore.open(":memory:", draft, first_layer=3)

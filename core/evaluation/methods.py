@@ -22,7 +22,7 @@ from ..speckv.scorers import SCORERS
 from ..specpc.bm25 import bm25
 from ..specpc.head_weights import head_weights, settled
 from ..types import Answer
-from . import scorers, specprefill, surprise
+from . import scorers, specprefill, stored, surprise
 from .baselines import Kept, truncation_head, truncation_middle, truncation_tail
 from .likelihood import AnswerReading
 from .shared import Bench, Case
@@ -44,6 +44,9 @@ OPTIONS, CACHE_OPTIONS = "specpc:", "speckv:"  # name options of SpecPC, of Spec
 _NEEDS_ALL_QUERIES = {"h2o"}  # cannot go on from a shared prefill
 
 
+_NEWEST = SpecPC.preset("2026-12")
+_DRAFT_ALONE = SpecPC.preset("2026-12", semantic_weight=0.0)
+STORED = {"stored": _DRAFT_ALONE, "stored-embedder": _NEWEST}  # passages come from a store
 _Options = TypeVar("_Options", SpecPC, SpecKV)
 
 
@@ -237,6 +240,19 @@ def _by_specpc(name: str, options: SpecPC) -> EvalMethod:
     return made(name, partial(_specpc, options), check)
 
 
+def _by_store(name: str, options: SpecPC, store: dict[str, Any]) -> EvalMethod:
+    """SpecPC with passages that were read before; the reading takes no part in the seconds."""
+
+    def shorten(case: Case, share: float) -> Shortened:
+        return stored.shorten(_asking(options, case.bench), store, case, share)
+
+    def first(then: Callable[..., Run], case: Case, share: float) -> Run:
+        stored.prepare(case, store)
+        return then(shorten, case, share)
+
+    return EvalMethod(name, "prompt", partial(first, _on_prompt), keep=partial(first, _kept))
+
+
 def _by_speckv(name: str, options: SpecKV) -> EvalMethod:
     """SpecKV with options of its own."""
     return EvalMethod(name, "cache", partial(_on_cache, options))
@@ -255,8 +271,8 @@ def _listed() -> tuple[EvalMethod, ...]:
         _by_specpc("specpc", SpecPC()),
         _by_specpc("specpc-keep", SpecPC(positions="keep")),
         _by_specpc("specpc-2026-11", SpecPC.preset("2026-11")),
-        _by_specpc("specpc-2026-12", SpecPC.preset("2026-12", semantic_weight=0.0)),
-        _by_specpc("specpc-2026-12-embedder", SpecPC.preset("2026-12")),
+        _by_specpc("specpc-2026-12", _DRAFT_ALONE),
+        _by_specpc("specpc-2026-12-embedder", _NEWEST),
         _placed("specprefill", _specprefill),
         prompt_method("perplexity", _surprise),
         prompt_method("contrastive-perplexity", _contrast),
@@ -313,8 +329,10 @@ def find_methods(names: Sequence[str]) -> list[EvalMethod]:
 
     Args:
         names: Of `METHODS` and `GROUPS`, "embedding:MODEL" for sentences by an encoder and others
-            of `EMBEDDED`, or "specpc:unit=sentence,reduction=mean" for SpecPC with these
-            options, and likewise "speckv:scorer=snapkv,reduction=mean" for SpecKV.
+            of `EMBEDDED`, "stored:codec=int8" for the newest preset with passages from a store
+            ("stored-embedder:" with an embedder), or "specpc:unit=sentence,reduction=mean" for
+            SpecPC with these options, and likewise "speckv:scorer=snapkv,reduction=mean" for
+            SpecKV.
 
     Raises:
         ConfigError: There is no such method, or an option of SpecPC or SpecKV is invalid.
@@ -331,6 +349,8 @@ def _find(name: str) -> EvalMethod:
     if prefix in EMBEDDED:
         load = cache(lambda: EMBEDDED[prefix](scorers.embedding(model)))
         return prompt_method(name, lambda case, share: load()(case, share), lambda _: load())
+    if prefix in STORED:
+        return _by_store(name, STORED[prefix], _store_options(name, model))
     if name.startswith(OPTIONS):
         return _by_specpc(name, _options(SpecPC, OPTIONS, name))
     if name.startswith(CACHE_OPTIONS):
@@ -338,11 +358,26 @@ def _find(name: str) -> EvalMethod:
     if name not in METHODS:
         raise ConfigError(
             f"There is no method {name!r}; there are {sorted(METHODS)}, the groups "
-            f"{sorted(GROUPS)}, {', '.join(EMBEDDED)} with :MODEL for methods by an encoder, and "
+            f"{sorted(GROUPS)}, {', '.join(EMBEDDED)} with :MODEL for methods by an encoder, "
+            f"{' and '.join(STORED)} with :NAME=VALUE,... for options of a store, and "
             f"{OPTIONS}NAME=VALUE,... or {CACHE_OPTIONS}NAME=VALUE,... for options of SpecPC or "
             "SpecKV."
         )
     return METHODS[name]
+
+
+def _store_options(name: str, text: str) -> dict[str, Any]:
+    """Options of a store from "codec=int4,layers=all"."""
+    pairs = (part.partition("=") for part in text.split(","))
+    found: dict[str, Any] = {key: value for key, _, value in pairs}
+    wrong = sorted(found.keys() - stored.OPTIONS)
+    if wrong:
+        raise ConfigError(
+            f"{name} holds no options of a store: {wrong}; there are {sorted(stored.OPTIONS)}."
+        )
+    if "first_layer" in found:
+        found["first_layer"] = int(found["first_layer"])
+    return found
 
 
 def _options(kind: type[_Options], prefix: str, name: str) -> _Options:

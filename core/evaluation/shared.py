@@ -26,6 +26,7 @@ from ..prompt.messages import Prompt
 from ..request import Memories
 from ..specpc.draft import DraftModel
 from ..specpc.sparse_positions import kept_places, start_at
+from ..specpc.stored.passage_store import PassageStore
 from ..types import Answer, DraftReading
 from .baselines import Kept
 from .likelihood import AnswerReading, divergence, read_answer
@@ -46,6 +47,7 @@ _NOT_READ = {  # options that change what is kept, but not what the draft reads
     "semantic_weight": 0.0,
     "embedder": None,
     "passage_weight": 0.0,
+    "likelihood_passages": None,
     "passage_floor": 0,
     "score_mass": None,
     "positions": "reset",
@@ -160,6 +162,7 @@ class Case:
         self.tokens = bench.draft.encoder.encode(self.prompt)
         self.passage_tokens = int((~self.tokens.protected).sum())
         self.prefill_seconds = 0.0  # of the target's full prefill, once it has been shared
+        self.stores: dict[object, PassageStore] = {}  # of the item's passages, by their options
         self._memories: Memories | None = None
         self._read = False
         self._own: tuple[torch.Tensor, AnswerReading] | None = None

@@ -119,8 +119,36 @@ def _with_opinions(
         found[places] = near(question, [units[place] for place in places])
     likely = None
     if likelihood is not None and options.likelihood_weight and len(table):
-        likely = likelihood.numpy()[table[:, 0]]
+        asked = _asked(worth, table[:, 0], options.likelihood_passages)
+        inside, given = np.isin(table[:, 0], asked), likelihood.numpy()[table[:, 0]]
+        likely = np.where(inside, given, given[inside].min(initial=np.inf))
     return mixed(worth, options, words, found, table[:, 0], likely)
+
+
+def passages_to_ask(
+    texts: Sequence[str], tokens: PromptTokens, scores: torch.Tensor, options: SpecPC
+) -> list[int]:
+    """Passages behind which the question's likelihood is wanted, see `likelihood_passages`.
+
+    Args:
+        texts: The passages' texts.
+        tokens: The prompt.
+        scores: (tokens,) from the draft.
+        options: Unit, its score, and how many passages.
+    """
+    competing = _competing(texts, tokens)
+    table, unit_of = _units(texts, tokens, competing.numpy(), options)
+    worth = _unit_scores(unit_of, scores * competing, len(table), options)
+    return sorted(_asked(worth, table[:, 0], options.likelihood_passages).tolist())
+
+
+def _asked(worth: np.ndarray, passage: np.ndarray, most: int | None) -> np.ndarray:
+    """The passages with the best units, at most so many; units without tokens do not count."""
+    order = np.argsort(-worth, kind="stable")
+    ranked = passage[order[worth[order] >= 0]]
+    _, first = np.unique(ranked, return_index=True)
+    best: np.ndarray = ranked[np.sort(first)][:most]
+    return best
 
 
 def _sums(unit_of: np.ndarray, scores: torch.Tensor, units: int) -> np.ndarray:

@@ -52,7 +52,9 @@ def _range(places: Sequence[tuple[int, int]], layer: int) -> slice:
     return slice(found[0], found[-1] + 1) if found else slice(0, 0)
 
 
-def layout_of(model: PreTrainedModel, tier: Tier, codec: Codec, layers: Layers) -> Layout:
+def layout_of(
+    model: PreTrainedModel, tier: Tier, codec: Codec, layers: Layers, first_layer: int = 0
+) -> Layout:
     """What is kept of each token of passages.
 
     Args:
@@ -60,10 +62,12 @@ def layout_of(model: PreTrainedModel, tier: Tier, codec: Codec, layers: Layers) 
         tier: "cache" or "keys", see `PassageStore.open`.
         codec: How numbers are kept.
         layers: "heads" or "all".
+        first_layer: The first layer in which a question sees the passages.
 
     Raises:
         ModelError: A layer is not plain full attention.
-        ConfigError: tier="keys", and no weights of this draft's heads are known.
+        ConfigError: tier="keys", and no weights of this draft's heads are known; or the first layer
+            is none below the last one that counts.
     """
     require_full_attention(model)
     config = model.config.get_text_config()
@@ -79,9 +83,14 @@ def layout_of(model: PreTrainedModel, tier: Tier, codec: Codec, layers: Layers) 
         group = config.num_attention_heads // heads
         found = {(int(la), int(h) // group) for la, h in weights.heads.nonzero()}
         return Layout(tuple(sorted(found)), (), heads, codec)
-    keys = tuple((la, h) for la in range(last + 1) for h in range(heads))
+    if not 0 <= first_layer < max(1, last):
+        raise ConfigError(
+            f"first_layer={first_layer}, but the last layer that counts is {last}: choose one from "
+            f"0 to {max(0, last - 1)}."
+        )
+    keys = tuple((la, h) for la in range(first_layer, last + 1) for h in range(heads))
     needed = last + 1 if last == count - 1 else last  # of the last layer only queries and keys
-    values = tuple((la, h) for la in range(needed) for h in range(heads))
+    values = tuple((la, h) for la in range(first_layer, needed) for h in range(heads))
     return Layout(keys, values, heads, codec)
 
 

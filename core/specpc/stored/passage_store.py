@@ -83,6 +83,7 @@ class PassageStore:
         tier: Tier | None = None,
         codec: Codec | None = None,
         layers: Layers | None = None,
+        first_layer: int | None = None,
         embedder: Embedder | str | Path | None = None,
         limit: int | None = None,
     ) -> PassageStore:
@@ -97,6 +98,9 @@ class PassageStore:
             layers: "heads" (of new stores) keeps the layers up to the last one of which a head
                 counts, "all" every layer, for `likelihood_weight` and for guessed answers. Of a
                 draft whose heads are not calibrated all are kept.
+            first_layer: The question sees the passages from this layer on; lower ones are not
+                kept. 0 (of new stores) gives the scores of passages that are read now. For
+                SmolLM2-135M 14 takes a quarter of the bytes (docs/store.md says what it costs).
             embedder: Keeps its vectors of the passages' sentences too (see `SpecPC.embedder`), and
                 is asked by methods with a `semantic_weight` that have none of their own.
             limit: Most bytes on disk, vectors apart; what was not used for longest leaves.
@@ -114,6 +118,7 @@ class PassageStore:
             "tier": tier or made.get("tier", "cache"),
             "codec": codec or made.get("codec", "int8"),
             "layers": layers or made.get("layers", "heads"),
+            "first_layer": made.get("first_layer", 0) if first_layer is None else first_layer,
         }
         layout, frame = layout_of(reader.model, **chosen), Frame(reader.encoder)
         about = {"format": FORMAT, **_about(reader, frame), **chosen, "heads": _hash(layout.keys)}
@@ -228,7 +233,7 @@ class PassageStore:
             embedder.remember(method.embedder, known)
         tail, model = self.frame.tail(prompt.question), self.draft.model
         return read_stored(
-            model, self.beginning(), self.layout, entries, tail, tokens, method, self.piece
+            model, self.beginning(), self.layout, entries, tail, tokens, method, texts, self.piece
         )
 
     def beginning(self) -> Beginning:

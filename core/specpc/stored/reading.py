@@ -28,9 +28,11 @@ from ...store.entries import Entry
 from ...types import DraftReading
 from ..draft_scores import NO_GUESS, Rows, row_weights, starting_layer
 from ..head_weights import head_weights
+from ..ranking import passages_to_ask
 from .frame import Tail
 from .layout import Layout
 
+_AT_ONCE = 16  # passages behind which the question is read in one pass
 Parts = Mapping[str, torch.Tensor]  # what the codec made, tokens first, heads second
 
 
@@ -80,6 +82,7 @@ def read_stored(
     tail: Tail,
     tokens: PromptTokens,
     method: SpecPC,
+    texts: Sequence[str],
     piece: int,
 ) -> DraftReading:
     """Score a prompt's tokens by a question over its stored passages.
@@ -92,6 +95,7 @@ def read_stored(
         tail: The question and what stands around it.
         tokens: The prompt, whose tokens get the scores of the stored ones by their characters.
         method: Reduction or weights of heads, window and weighting; passages are read apart.
+        texts: Of the passages.
         piece: Most tokens of a passage that were read at once.
     """
     stored, source = _joined(entries), method.head_weights
@@ -107,13 +111,15 @@ def read_stored(
     ask(model, beginning, layout, stored, tail, rows, last, longest)
     scores = rows.scores()[0].cpu()[beginning.tokens :]
     scores = scores if heads is None else heads.scores(scores)
-    likely = None
+    found, likely = _spread(scores, entries, tokens), None
     if method.likelihood_weight:
         likely = torch.full((len(entries),), -torch.inf)
-        full = [index for index, entry in enumerate(entries) if entry is not None]
-        alone = [stored.of(index) for index in full]
-        likely[full] = likelihoods(model, beginning, layout, alone, tail)
-    return DraftReading(_spread(scores, entries, tokens), NO_GUESS, likely)
+        asked = passages_to_ask(texts, tokens, found, method)
+        for start in range(0, len(asked), _AT_ONCE):
+            some = asked[start : start + _AT_ONCE]
+            alone = [stored.of(index) for index in some]
+            likely[some] = likelihoods(model, beginning, layout, alone, tail)
+    return DraftReading(found, NO_GUESS, likely)
 
 
 def ask(

@@ -1,0 +1,73 @@
+"""Methods that read passages from a store, each item's passages in a store of its own in memory.
+
+Passages are read once an item, in full layers and float16; other stores of the item are made of
+that one. Seconds are those of the question alone: the passages count as read before.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..compressor import Compressor
+from ..config import SpecPC
+from ..specpc.draft import DraftModel
+from ..specpc.stored.layout import layout_of
+from ..specpc.stored.passage_store import PassageStore
+from ..store.codec import decode, encode
+from ..store.entries import Entry
+from ..store.shards import Shards
+from .shared import Case
+from .survival import kept_spans
+from .text_only import Shortened
+
+OPTIONS = {"tier", "codec", "layers", "first_layer"}
+EVERY: dict[str, Any] = {"tier": "cache", "codec": "float16", "layers": "all"}
+
+
+def prepare(case: Case, store: dict[str, Any]) -> None:
+    """Read an item's passages into a store with these options of `PassageStore.open`."""
+    key = tuple(sorted(store.items()))
+    if key not in case.stores:
+        draft = case.bench.draft.draft
+        if "whole" not in case.stores:
+            case.stores["whole"] = PassageStore.open(":memory:", draft, **EVERY)
+            case.stores["whole"].add(case.item.passages)
+        layout = layout_of(draft.model, **{**EVERY, "layers": "heads", **store})
+        case.stores[key] = _recoded(case.stores["whole"], layout)
+
+
+def shorten(options: SpecPC, store: dict[str, Any], case: Case, share: float) -> Shortened:
+    """What SpecPC keeps with passages from the item's store."""
+    prepare(case, store)
+    method = options.model_copy(update={"capacity": None, "ratio": share})
+    draft = DraftModel(case.bench.draft.model, case.bench.draft.tokenizer, progress=False)
+    draft.encoder, draft.store = case.bench.draft.encoder, case.stores[tuple(sorted(store.items()))]
+    shorter, context = Compressor.of(draft).compress_prompt(case.prompt, method)
+    kept = kept_spans(context, len(case.item.passages))
+    return kept, [passage.text for passage in shorter.passages]
+
+
+def _recoded(whole: PassageStore, layout: Any) -> PassageStore:
+    """The same passages as another store would hold them."""
+    places = {
+        "keys": [whole.layout.keys.index(place) for place in layout.keys],
+        "values": [whole.layout.values.index(place) for place in layout.values],
+    }
+    shards = Shards.open(None, {"made": "of another"})
+    found = PassageStore(shards, whole.draft, layout, whole.frame)
+    entries = whole.shards.get(list(whole.shards.keys())).values()
+    shards.put(_entry(entry, places, layout) for entry in entries)
+    return found
+
+
+def _entry(entry: Entry, places: dict[str, list[int]], layout: Any) -> Entry:
+    tensors: dict[str, torch.Tensor] = {"bounds": entry.tensors["bounds"]}
+    for kind, chosen in places.items():
+        if chosen:
+            parts = {"data": entry.tensors[f"{kind}.data"][:, chosen]}
+            states = decode(parts, "float16", slice(None))
+            packed = encode(states, layout.codec)
+            tensors |= {f"{kind}.{name}": part for name, part in packed.items()}
+    return Entry(entry.key, entry.rows, tensors)
