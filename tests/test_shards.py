@@ -334,6 +334,41 @@ def test_a_full_disk_leaves_a_valid_store(tmp_path: Path, largest: int) -> None:
         assert store.put(entry(number, 5) for number in range(10, 2_000)) == 2_000 - entries
 
 
+def test_a_nearly_full_disk_is_compacted_shard_by_shard(tmp_path: Path) -> None:
+    """All that is left does not fit into one new file, but each shard's own does."""
+    with Shards.open(tmp_path, ABOUT) as store:
+        for number in range(0, 8, 2):
+            store.put([entry(number, 20_000), entry(number + 1, 20_000)])
+        store.discard(keys_of(range(0, 8, 2)))
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, hard))
+        try:
+            assert store.compact() > 4 * 480_000
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert len(list(tmp_path.rglob("shard-*"))) == 4
+        assert_exact(store.get(keys_of(range(1, 8, 2))), range(1, 8, 2), 20_000)
+
+
+def test_too_many_open_files_are_no_damage(tmp_path: Path) -> None:
+    """Of a shard that cannot be opened now nothing is known: nothing may be dropped."""
+    with Shards.open(tmp_path, ABOUT) as store:
+        for number in range(3):
+            store.put([entry(number)])
+        store.get([key_of(0)])
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        lowest = os.open(os.devnull, os.O_RDONLY)
+        os.close(lowest)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, hard))
+        try:
+            for action in (lambda: store.get(keys_of([1, 2])), store.verify, store.stats):
+                with pytest.raises(StoreError, match="unharmed"):
+                    action()
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        assert_exact(store.get(keys_of([0, 1, 2])), [0, 1, 2])
+
+
 def test_a_failing_flush_stores_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(handle: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

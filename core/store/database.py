@@ -15,7 +15,7 @@ from ..errors import StoreError
 _PATIENCE = 30_000  # milliseconds to wait for another process's transaction
 _HURRIED = 20
 _FULL = (
-    "The disk of the store {name} is full. Free space, or discard entries and compact the store."
+    "The disk of the store {name} is full. Free space, and try again; a limit keeps a store small."
 )
 _BUSY = (
     "The index of the store {name} has been locked by another process for a long time. Try again."

@@ -99,6 +99,8 @@ class Folder:
             _flush(self.path)
             return shard, (self.path / shard).stat().st_size
         except (OSError, SafetensorError) as error:
+            with suppress(OSError):
+                new.unlink(missing_ok=True)
             raise _failed(self.name, error) from error
 
     def read(self, shard: str, size: int) -> Mapping[str, torch.Tensor]:
@@ -116,6 +118,8 @@ class Folder:
                 raise BrokenError(f"it is {found} bytes long instead of {size}", whole=True)
             return load_file(file)
         except FileNotFoundError as error:
+            if file.exists():  # safetensors says the same of what it could not open
+                raise _failed(self.name, error) from error
             raise BrokenError("it is missing", whole=True) from error
         except SafetensorError as error:
             raise BrokenError(f"its header is damaged: {error}", whole=True) from error
@@ -130,7 +134,7 @@ class Folder:
 
     def sweep(self, known: Collection[str]) -> None:
         """Half-written files too."""
-        for file in (*self.path.glob("shard-*"), *self.path.glob(f"{WRITING}/*")):
+        for file in (*self._files("shard-*"), *self._files(f"{WRITING}/*")):
             if file.name not in known:
                 with suppress(OSError):
                     file.unlink(missing_ok=True)
@@ -138,10 +142,16 @@ class Folder:
     def bytes(self) -> int:
         """Size of all shards on disk, those that nobody names any more included."""
         total = 0
-        for file in self.path.glob("shard-*"):
+        for file in self._files("shard-*"):
             with suppress(FileNotFoundError):  # another process removes it
                 total += file.stat().st_size
         return total
+
+    def _files(self, pattern: str) -> list[Path]:
+        try:
+            return list(self.path.glob(pattern))
+        except OSError as error:
+            raise _failed(self.name, error) from error
 
 
 class Memory:

@@ -265,6 +265,11 @@ class Index:
         """Give pages that nothing uses back to the disk."""
         with self._database.reading() as db:
             db.executescript("PRAGMA incremental_vacuum")  # `execute` would give back one page
+        self.end_log()
+
+    def end_log(self) -> None:
+        """Move what the log holds into the index, and empty it."""
+        with self._database.reading() as db:
             db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
 
 

@@ -244,6 +244,7 @@ class Shards:
             except BaseException:
                 with suppress(StoreError):
                     self._files.sweep(self._index.names())
+                    self._index.end_log()  # on a full disk that leaves room for discarding
                 raise
 
     def _bytes(self) -> int:
@@ -276,18 +277,30 @@ class Shards:
     def _compact(self) -> None:
         shards = self._index.shards()
         for group in _groups(shards):
-            places = {place.key: place for place in self._index.inside(group)}
-            kept = list(self._reader.read([*places.values()], anew=True))
-            if kept:
-                old = [places[entry.key] for entry in kept]
-                tensors = stacked(kept)
-                shard, size = self._files.write(tensors)
-                self._index.move(old, places_of(kept, shard, size, tensors))
-            self._index.forget(group)
-            self._reader.keep_only(self._index.names())
-            for name in group:
-                self._files.remove(name)
+            try:
+                self._rewrite(group)
+                continue
+            except StoreError:
+                if len(group) == 1:
+                    raise
+            for name in group:  # perhaps for want of space, of which single shards need less
+                if shards[name].used < shards[name].rows:
+                    self._rewrite([name])
         self._index.shrink()
+
+    def _rewrite(self, group: list[str]) -> None:
+        """One shard of what is left of some."""
+        places = {place.key: place for place in self._index.inside(group)}
+        kept = list(self._reader.read([*places.values()], anew=True))
+        if kept:
+            old = [places[entry.key] for entry in kept]
+            tensors = stacked(kept)
+            shard, size = self._files.write(tensors)
+            self._index.move(old, places_of(kept, shard, size, tensors))
+        self._index.forget(group)
+        self._reader.keep_only(self._index.names())
+        for name in group:
+            self._files.remove(name)
 
 
 def _groups(shards: Mapping[str, ShardUse]) -> Iterator[list[str]]:
