@@ -285,6 +285,21 @@ def use(path: Path) -> None:
         store.verify()
 
 
+def test_a_forged_index_names_no_other_files(tmp_path: Path) -> None:
+    path, outside = tmp_path / "store", tmp_path / "outside.safetensors"
+    with Shards.open(path, ABOUT) as store:
+        store.put([entry(1)])
+    (shard,) = path.glob("shard-*")
+    shard.rename(outside)
+    with sqlite3.connect(path / "index.sqlite") as database:
+        database.execute("UPDATE shards SET name = '../outside.safetensors'")
+    database.close()
+    with Shards.open(path, ABOUT) as store:
+        store.compact()
+        assert store.get([key_of(1)]) == {}
+    assert outside.exists()
+
+
 @pytest.mark.parametrize("damage", ["noise", "cut", "deleted", "empty", "text"])
 def test_a_damaged_index_is_an_error_that_says_what_to_do(tmp_path: Path, damage: str) -> None:
     with Shards.open(tmp_path, ABOUT) as store:
