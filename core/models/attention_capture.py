@@ -157,7 +157,7 @@ def attention_probabilities(
     logits = (grouped @ key.float().transpose(-1, -2)).view(batch, heads, rows, -1) * scaling
     if softcap is not None:
         logits = torch.tanh(logits / softcap) * softcap
-    logits = logits.masked_fill(~visible, torch.finfo(torch.float32).min)
+    logits.masked_fill_(~visible, torch.finfo(torch.float32).min)
     if sinks is None:
         return logits.softmax(-1)
     column = sinks.float().view(1, -1, 1, 1).expand(batch, heads, rows, 1)

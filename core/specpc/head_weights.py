@@ -36,6 +36,7 @@ SHIPPED = Path(__file__).parent / "heads"
 logger = logging.getLogger(__name__)
 _ALIKE = 0.02  # how far the means of normalisation weights may be apart, relative
 _LOADED: WeakKeyDictionary[PreTrainedModel, dict[Path, HeadWeights]] = WeakKeyDictionary()
+_CARRIED: WeakKeyDictionary[PreTrainedModel, Path | None] = WeakKeyDictionary()
 _SETTLED: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()  # weights are known
 
 
@@ -139,9 +140,8 @@ def weights_path(model: PreTrainedModel, source: str | Path) -> Path:
     folder = Path(str(model.config.name_or_path))
     if (folder / FILE).is_file():
         return folder / FILE
-    for path in sorted(SHIPPED.glob("*.json")):
-        if HeadWeights.load(path).fit(model):
-            return path
+    if (shipped := _shipped(model)) is not None:
+        return shipped
     if not folder.is_dir():
         raise ModelError(
             f'head_weights="calibrated" looks beside the draft, but {str(folder)!r} is no folder, '
@@ -149,6 +149,14 @@ def weights_path(model: PreTrainedModel, source: str | Path) -> Path:
             "`draftsieve calibrate --out FILE` has written."
         )
     return folder / FILE
+
+
+def _shipped(model: PreTrainedModel) -> Path | None:
+    """The file that the package carries for a draft; looked for once a model."""
+    if model not in _CARRIED:
+        paths = sorted(SHIPPED.glob("*.json"))
+        _CARRIED[model] = next((path for path in paths if HeadWeights.load(path).fit(model)), None)
+    return _CARRIED[model]
 
 
 def settled(method: SpecPC, model: PreTrainedModel) -> SpecPC:

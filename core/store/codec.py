@@ -45,15 +45,32 @@ def encode(states: torch.Tensor, codec: Codec) -> dict[str, torch.Tensor]:
     return {"data": packed, "scale": scale.squeeze(-1), "zero": zero.squeeze(-1)}
 
 
-def decode(parts: Mapping[str, torch.Tensor], codec: Codec, heads: slice) -> torch.Tensor:
-    """Some heads of what `encode` has packed: (tokens, heads, width) float32."""
+def decode(
+    parts: Mapping[str, torch.Tensor],
+    codec: Codec,
+    heads: slice,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Some heads of what `encode` has packed.
+
+    Args:
+        parts: What `encode` gave.
+        codec: The same.
+        heads: Which ones.
+        out: (tokens, heads, width) float32 of any strides that takes them; None for a new tensor.
+
+    Returns:
+        (tokens, heads, width) float32.
+    """
     data = parts["data"][:, heads]
-    if codec == "float16":
-        return data.float()
-    scale = parts["scale"][:, heads].float()
     if codec == "int8":
-        exact: torch.Tensor = data * scale
-        return exact
+        return torch.mul(data, parts["scale"][:, heads].float(), out=out)
+    found = data.float() if codec == "float16" else _from_nibbles(parts, heads)
+    return found if out is None else out.copy_(found)
+
+
+def _from_nibbles(parts: Mapping[str, torch.Tensor], heads: slice) -> torch.Tensor:
+    data, scale = parts["data"][:, heads], parts["scale"][:, heads].float()
     steps = torch.stack([data & 15, data >> 4], dim=-1).flatten(-2)
     groups = _grouped(steps.float(), scale.shape[-1])
     zero = parts["zero"][:, heads].float()

@@ -257,14 +257,19 @@ class _Between:
     ) -> torch.Tensor:
         """(batch, kv_heads, begin + passages + rows, width) float32."""
         batch, heads, size, width = own.shape
-        out = torch.zeros((batch, heads, size + self.between, width), device=own.device)
-        out[:, :, : self.begin] = own[:, :, : self.begin]
-        out[:, :, self.begin + self.between :] = own[:, :, self.begin :]
+        shape, begin = (batch, heads, size + self.between, width), self.begin
         held = [head for _, head in places[where]]
+        full = len(held) == heads and batch == 1
+        out = (torch.empty if full else torch.zeros)(shape)
+        out[:, :, :begin] = own[:, :, :begin]
+        out[:, :, begin + self.between :] = own[:, :, begin:]
         for row, (parts, length) in enumerate(zip(stored, self.lengths, strict=True)):
-            states = decode(parts, self.layout.codec, where).transpose(0, 1)
-            out[row, held, self.begin : self.begin + length] = states.to(own.device)
-        return out
+            place = out[row, :, begin : begin + length].transpose(0, 1)  # (length, heads, width)
+            if len(held) == heads:
+                decode(parts, self.layout.codec, where, place)
+            else:
+                place[:, held] = decode(parts, self.layout.codec, where)
+        return out.to(own.device)
 
 
 def _joined(entries: Sequence[Entry | None]) -> StoredTokens:
