@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from copy import copy
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .config import DEFAULT_METHOD, Generation, OnError, SpecPC
+from .config import DEFAULT_METHOD, NEWEST_PRESET, Generation, OnError, SpecPC
 from .errors import PromptError
 from .models.loading import AnyQuantization, load_model
 from .prompt.encoder import PromptEncoder
@@ -66,6 +67,23 @@ class Compressor:
         found = cls.__new__(cls)
         found.draft, found.worker = draft, Worker()
         return found
+
+    def with_store(
+        self, store: PassageStore | str | Path | None, store_new: bool = False
+    ) -> Compressor:
+        """The same draft, not loaded again, with another store; this compressor stays as it is.
+
+        Args:
+            store: See the class; None for none.
+            store_new: See the class.
+
+        Raises:
+            StoreError: The store is another draft's, or none.
+        """
+        draft = copy(self.draft)
+        draft.store = None if store is None else store_of(store, draft)
+        draft.store_new = store_new
+        return Compressor.of(draft)
 
     @property
     def model(self) -> PreTrainedModel:
@@ -287,7 +305,7 @@ class Compressor:
             prompt = Prompt.from_question(question, passages, system=system)
             with until(deadline_after(timeout)):
                 if self.draft.context_window is not None:
-                    room = SpecPC(capacity=self.draft.context_window - tokens)
+                    room = self._room(self.draft.context_window - tokens)
                     prompt = self.compress_prompt(prompt, room)[0]
                 return self.draft.text(self.guess(prompt, tokens)).strip()
         except Exception as error:
@@ -296,6 +314,12 @@ class Compressor:
             logger.warning("The draft guessed no answer: %s", error)
             logger.debug("The failure in full:", exc_info=error)
             return ""
+
+    def _room(self, capacity: int) -> SpecPC:
+        """How a prompt is made to fit the draft's window, from the store where there is one."""
+        if self.draft.store is None:
+            return SpecPC(capacity=capacity)
+        return SpecPC.preset(NEWEST_PRESET, capacity=capacity)
 
     async def aguess_answer(
         self,

@@ -5,15 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable, Mapping, Sequence
 from copy import copy, deepcopy
-from typing import Any, Unpack
+from typing import Any, ClassVar, Unpack
 
 from ..core.config import AnyEmbedder, SpecPC
 from ..core.errors import ConfigError
 from ..core.types import CompressedContext, Passage
 from .bm25 import Bm25Index, Bm25Options
-from .embedders import as_embedder, settled
 from .extras import require
-from .options import DraftArguments, DraftOptions
+from .options import DraftArguments, DraftOptions, SieveOptions
 from .provenance import KEY
 from .sieved import RETRIEVAL_METHOD, Mode, Order, fused, picked, reading
 
@@ -107,6 +106,12 @@ class Bm25Retriever(BaseRetriever):
         return await asyncio.to_thread(self._retrieve, query_bundle)
 
 
+class RetrieverOptions(SieveOptions):
+    __doc__ = SieveOptions.__doc__
+
+    default: ClassVar[SpecPC] = RETRIEVAL_METHOD
+
+
 class SievedRetriever(BaseRetriever):
     """Fetches k * n nodes, lets a draft read them once, and keeps the best of at most k.
 
@@ -149,9 +154,8 @@ class SievedRetriever(BaseRetriever):
         super().__init__(callback_manager=callback_manager)
         _check(k=k, n=n)
         self.retriever, self.k, self.n = _fetching(retriever, k * n), k, n
-        self.method = settled(method, as_embedder(embedder), RETRIEVAL_METHOD)
-        self.mode, self.order = mode, order
-        self.options = DraftOptions(**options)
+        self.options = RetrieverOptions(method=method, embedder=embedder, **options)
+        self.method, self.mode, self.order = self.options.method, mode, order
 
     def _retrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
         found = self.retriever.retrieve(query_bundle)[: self.k * self.n]

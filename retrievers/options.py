@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, ClassVar, TypedDict
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat
@@ -13,6 +14,7 @@ from ..core.models.loading import AnyQuantization
 from ..core.models.shared import shared_model
 from ..core.options import told_as_config_errors
 from ..core.prompt.messages import DEFAULT_SYSTEM
+from ..core.specpc.stored.passage_store import PassageStore
 from .embedders import as_embedder, settled
 
 
@@ -32,6 +34,9 @@ class DraftOptions(BaseModel):
     Args:
         model: "builtin:draft", a folder or a hub id of the draft.
         compressor: A loaded compressor, instead of `model`.
+        store: Passages that the draft has read before: a `PassageStore`, or the folder of one,
+            which is made where it is missing. Takes the place of the compressor's own.
+        store_new: Whether passages that are not in the store are put there.
         timeout: Seconds after which the draft's part of a request fails; None for no limit.
         on_error: "original" goes on with the whole texts when the draft fails, and logs a
             warning; "raise" raises.
@@ -50,12 +55,15 @@ class DraftOptions(BaseModel):
     Raises:
         ModelNotFoundError: There is no such model.
         ConfigError: An option is unknown or invalid.
+        StoreError: The store is another draft's, or none.
     """
 
     model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
 
     model: str = "builtin:draft"
     compressor: Compressor | None = Field(default=None, exclude=True, repr=False)
+    store: PassageStore | str | Path | None = None  # its place, once the object is made
+    store_new: bool = False
     timeout: PositiveFloat | None = None
     on_error: OnError = "original"
     system: str | None = DEFAULT_SYSTEM
@@ -72,9 +80,15 @@ class DraftOptions(BaseModel):
     def __init__(self, **options: Any) -> None:
         with told_as_config_errors(type(self)):
             super().__init__(**options)
-        if self.compressor is not None:
-            self.model = self.compressor.model.name_or_path or self.model
-            return
+        self.compressor = self._with_draft()
+        store = self.compressor.draft.store
+        self.store = None if store is None else store.where
+
+    def _with_draft(self) -> Compressor:
+        """The draft with its store; its model is one for all who load it alike."""
+        if (found := self.compressor) is not None:
+            self.model = found.model.name_or_path or self.model
+            return found if self.store is None else found.with_store(self.store, self.store_new)
         draft = shared_model(
             self.model,
             gguf_file=self.gguf_file,
@@ -86,11 +100,13 @@ class DraftOptions(BaseModel):
             trust_remote_code=self.trust_remote_code,
             progress=self.progress,
         )
-        self.compressor = Compressor(
+        return Compressor(
             draft.model,
             draft.tokenizer,
             template_options=self.template_options,
             progress=self.progress,
+            store=self.store,
+            store_new=self.store_new,
         )
 
     @property
@@ -117,7 +133,7 @@ class SieveOptions(DraftOptions):
             `method` is None it counts a half.
 
     Raises:
-        ConfigError: The method never asks the embedder.
+        ConfigError: The method never asks the embedder, or the store cannot serve it.
     """
 
     default: ClassVar[SpecPC] = DEFAULT_METHOD
@@ -128,6 +144,8 @@ class SieveOptions(DraftOptions):
         super().__init__(**options)
         self.embedder = as_embedder(self.embedder)
         self.method = settled(self.method, self.embedder, self.default)
+        if (store := self.loaded.draft.store) is not None:
+            store.settled(self.method or self.default)
 
 
 class DraftArguments(TypedDict, total=False):
@@ -135,6 +153,8 @@ class DraftArguments(TypedDict, total=False):
 
     model: str
     compressor: Compressor | None
+    store: PassageStore | str | Path | None
+    store_new: bool
     timeout: float | None
     on_error: OnError
     system: str | None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -80,6 +80,24 @@ def tiny_engine() -> Engine:
     return Engine(
         tiny_model(64, seed=2), tiny_tokenizer(), draft_model=tiny_model(32, seed=1), name="tiny"
     )
+
+
+@contextmanager
+def tokens_read(model: Any) -> Iterator[Callable[[], int]]:
+    """Tokens that went through a model's first layer since the last look."""
+    seen: list[int] = []
+    layer = model.get_decoder().layers[0]
+    hook = layer.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[:2].numel()))
+
+    def look() -> int:
+        found = sum(seen)
+        seen.clear()
+        return found
+
+    try:
+        yield look
+    finally:
+        hook.remove()
 
 
 @contextmanager

@@ -287,6 +287,25 @@ def test_stored_sentences_are_not_embedded_again(tmp_path: Path) -> None:
     assert store.vectors.known([digest(TEXTS[0])], TEXTS[:1]) == {}
 
 
+def test_forgotten_passages_leave_the_disk_with_their_sentences(tmp_path: Path) -> None:
+    """Also where the store was opened without the embedder."""
+    draft = _compressor()
+    with PassageStore.open(tmp_path, draft, embedder=_letters) as store:
+        store.add(TEXTS)
+    with PassageStore.open(tmp_path, draft) as store:
+        assert store.discard(TEXTS[:1]) == 1
+        assert store.prune([TEXTS[1], digest(TEXTS[2]), "never read"]) == 0
+        assert store.prune(TEXTS[1:2]) == 1
+        assert [text in store for text in TEXTS] == [False, True, False]
+        assert store.compact() == 0  # it has been done
+    with PassageStore.open(tmp_path, draft, embedder=_letters) as store:
+        assert store.vectors is not None
+        names = [digest(text) for text in TEXTS]
+        assert store.vectors.shards.has(names) == {names[1]}
+        assert store.prune([]) == 1
+        assert store.stats().entries == 0
+
+
 # ---------------------------------------------------------------- the codec
 
 

@@ -42,6 +42,10 @@ class Files(Protocol):
     name: str  # for messages
     read_only: bool
 
+    @property
+    def path(self) -> Path | None:
+        """The folder; None in memory."""
+
     def lock(self) -> AbstractContextManager[object]:
         """One writer at a time, of all threads and processes."""
 
@@ -157,7 +161,7 @@ class Folder:
 class Memory:
     """Shards of this process."""
 
-    name, read_only = "in memory", False
+    name, path, read_only = "in memory", None, False
 
     def __init__(self) -> None:
         self._shards: dict[str, Mapping[str, torch.Tensor]] = {}

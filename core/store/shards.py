@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from threading import Lock
@@ -102,6 +103,18 @@ class Shards:
             return {} if index.is_new() else dict(index.about())
         finally:
             index.close()
+
+    @property
+    def path(self) -> Path | None:
+        """The store's folder; None in memory."""
+        return self._files.path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Another process opens the folder itself; what is in memory stays in its own process."""
+        return partial(Shards.open, limit=self._limit), (self.path, self._index.about())
+
+    def __deepcopy__(self, memo: object) -> Self:
+        return self
 
     def put(self, entries: Iterable[Entry]) -> int:
         """Store entries, as one shard: all of them, or none if this is interrupted.

@@ -20,12 +20,15 @@ def identity(engine: Engine) -> dict[str, Any]:
 
     Returns:
         "target" and "draft" (None, or fingerprint of the weights, their type, quantisation, and
-        a digest of the chat template) and "template_options".
+        a digest of the chat template), "store" (None, or how it keeps what it holds) and
+        "template_options".
     """
     reader = engine.compressor
+    store = reader and reader.draft.store
     return {
         "target": _model(engine.target, engine.tokenizer),
         "draft": engine.draft and _model(engine.draft, reader and reader.tokenizer),
+        "store": store and store.described,
         "template_options": engine.template_options,
     }
 

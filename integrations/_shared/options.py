@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from ...core.config import AnyEmbedder, Generation, Method, OnError
+from ...core.config import AnyEmbedder, Generation, Method, OnError, stages
 from ...core.engine import Engine
-from ...core.errors import ModelError
+from ...core.errors import ConfigError, ModelError
 from ...core.grammar import Grammar
 from ...core.models.loading import AnyQuantization, load_model
 from ...core.models.shared import LoadOptions, shared_model
 from ...core.options import Options, told_as_config_errors
 from ...core.speckv.scorers import needs_draft
+from ...core.specpc.stored.passage_store import PassageStore
 from ...retrievers.embedders import as_embedder, settled, with_embedder
 
 _NAMES = {"max_tokens": "max_new_tokens"}  # the frameworks' name -> ours
@@ -48,7 +50,10 @@ class EngineOptions(BaseModel):
     Args:
         model: "builtin:target", a folder or a hub id of the target.
         draft: "builtin:draft", a folder or a hub id; needed for SpecPC and for SpecKV's own scorer.
-        engine: A loaded engine, instead of `model` and `draft`.
+        engine: A loaded engine, instead of `model` and `draft`; its draft has its own store.
+        store: Documents that the draft has read before: a `PassageStore`, or the folder of one,
+            which is made where it is missing. For methods with a SpecPC.
+        store_new: Whether documents that are not in the store are put there.
         method: How documents (SpecPC) or the cache of the whole prompt (SpecKV) are compressed;
             None leaves them whole, as in `Engine.answer`. A SpecPC `ratio` is a share of the
             documents' draft tokens together, a SpecKV one a share of the documents' entries.
@@ -84,8 +89,9 @@ class EngineOptions(BaseModel):
 
     Raises:
         ModelNotFoundError: There is no such model.
-        ModelError: A method that needs a draft is given without one.
-        ConfigError: An option is unknown or invalid.
+        ModelError: A method or store that needs a draft is given without one.
+        ConfigError: An option is unknown or invalid, or the store cannot serve the method.
+        StoreError: The store is another draft's, or none.
     """
 
     model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
@@ -95,6 +101,8 @@ class EngineOptions(BaseModel):
     model: str = "builtin:target"
     draft: str | None = None
     engine: Engine | None = Field(default=None, exclude=True, repr=False)
+    store: PassageStore | str | Path | None = None  # its place, once the object is made
+    store_new: bool = False
     method: Method | None = None
     embedder: AnyEmbedder = Field(default=None, repr=False)
     timeout: float | None = None
@@ -129,16 +137,31 @@ class EngineOptions(BaseModel):
         self.call_options({})  # invalid options fail here, before anything is loaded
         self.method = settled(self.method, self.embedder)
         if self.engine is not None:
+            if self.store is not None:
+                raise ConfigError(
+                    "store= is given beside an engine, whose draft has its own: give it to "
+                    "Engine.load(..., store=...), or give model and draft in place of the engine."
+                )
             reader = self.engine.compressor
             self.draft = None if reader is None else reader.model.name_or_path
-        if needs_draft(self.method) and self.draft is None:
+        if (self.store or needs_draft(self.method)) and self.draft is None:
+            who = "A store" if self.store else type(self.method).__name__
             raise ModelError(
-                f"{type(self.method).__name__} reads with a draft model and there is none: "
+                f"{who} reads with a draft model and there is none: "
                 'give draft="builtin:draft", a folder or a hub id, or an engine that has one.'
             )
         self.engine = self.engine or self._load()
+        self._check_store(self.engine)
         self.model = self.engine.model_name
         self._on_loaded()
+
+    def _check_store(self, engine: Engine) -> None:
+        """A method that the store cannot serve fails here, not in the first call."""
+        reader = engine.compressor
+        store = None if reader is None else reader.draft.store
+        self.store = None if store is None else store.where
+        if store is not None and (specpc := stages(self.method)[0]) is not None:
+            store.settled(specpc)
 
     def _on_loaded(self) -> None:
         """For what a framework wants to know of the engine."""
@@ -174,6 +197,8 @@ class EngineOptions(BaseModel):
             template_options=self.template_options,
             name=big.name,
             progress=self.progress,
+            store=self.store,
+            store_new=self.store_new,
         )
 
     @property

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 from langchain_core.messages import AIMessage, BaseMessage, HumanMessage, ToolMessage
 from langchain_core.tools import BaseTool, tool
@@ -17,9 +18,9 @@ from ...core.conversation.compressor import TurnCompressor
 from ...core.conversation.turns import Keep, Turn
 from ...core.models.loading import AnyQuantization
 from ...core.prompt.messages import DEFAULT_SYSTEM
-from ...retrievers.embedders import as_embedder, settled
+from ...core.specpc.stored.passage_store import PassageStore
 from ...retrievers.extras import require
-from ...retrievers.options import DraftOptions
+from ...retrievers.options import SieveOptions
 from .turns import RECALL, Piece, key_of, message_pieces, shortened, texts
 
 require("langchain.agents", "agents", "DraftCompressionMiddleware")
@@ -36,6 +37,12 @@ from langchain.agents.structured_output import (  # noqa: E402
     ToolStrategy,
 )
 from langchain.tools import ToolRuntime  # noqa: E402
+
+
+class RequestOptions(SieveOptions):
+    __doc__ = SieveOptions.__doc__
+
+    default: ClassVar[SpecPC] = SpecPC.preset(NEWEST_PRESET, capacity=4096)
 
 
 class DraftCompressionMiddleware(AgentMiddleware[AgentState[Any], Any, Any]):
@@ -55,6 +62,9 @@ class DraftCompressionMiddleware(AgentMiddleware[AgentState[Any], Any, Any]):
     Args:
         model: "builtin:draft", a folder or a hub id of the draft.
         compressor: A loaded compressor, instead of `model`.
+        store: Texts that the draft has read before, see `DraftOptions`.
+        store_new: Whether texts that are not in the store are put there. It then holds what users
+            and tools said: one store for each tenant.
         method: How texts are read and cut. `capacity` is the most draft tokens of a request; a
             model whose profile states less has less. A ratio is refused. None keeps whole
             sentences within 4096 tokens.
@@ -97,6 +107,8 @@ class DraftCompressionMiddleware(AgentMiddleware[AgentState[Any], Any, Any]):
         model: str = "builtin:draft",
         *,
         compressor: Compressor | None = None,
+        store: PassageStore | str | Path | None = None,
+        store_new: bool = False,
         method: SpecPC | None = None,
         embedder: AnyEmbedder = None,
         timeout: float | None = None,
@@ -120,9 +132,13 @@ class DraftCompressionMiddleware(AgentMiddleware[AgentState[Any], Any, Any]):
         progress: bool = False,
     ) -> None:
         super().__init__()
-        draft = DraftOptions(
+        draft = RequestOptions(
             model=model,
             compressor=compressor,
+            method=method,
+            embedder=embedder,
+            store=store,
+            store_new=store_new,
             timeout=timeout,
             on_error=on_error,
             system=system,
@@ -137,10 +153,9 @@ class DraftCompressionMiddleware(AgentMiddleware[AgentState[Any], Any, Any]):
             progress=progress,
         )
         self.compressor, self.timeout, self.on_error = draft.loaded, timeout, draft.on_error
-        usual = SpecPC.preset(NEWEST_PRESET, capacity=4096)
         self.turns = TurnCompressor(
             self.compressor,
-            settled(method, as_embedder(embedder), usual) or usual,
+            draft.method or draft.default,
             fill=fill,
             min_tokens=min_tokens,
             stable_prefix=stable_prefix,

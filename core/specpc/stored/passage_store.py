@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
@@ -36,7 +37,7 @@ from ..draft import DraftModel
 from .frame import Frame
 from .layout import Layers, Layout, Tier, layout_of, settled_for
 from .reading import Beginning, read_stored
-from .vectors import StoredVectors
+from .vectors import PROBE, StoredVectors, has_vectors, vectors_in
 
 FORMAT = 1
 MEMORY = ":memory:"
@@ -126,8 +127,19 @@ class PassageStore:
         vectors = None if embedder is None else StoredVectors(where, embedder)
         return cls(shards, reader, layout, frame, vectors)
 
+    @property
+    def where(self) -> str:
+        """Its folder, or ":memory:"."""
+        return str(self.shards.path or MEMORY)
+
+    @property
+    def described(self) -> str:
+        """What of passages it keeps, and how, in words."""
+        keys, values = len(self.layout.keys), len(self.layout.values)
+        return f"{keys} keys and {values} values a token as {self.layout.codec}"
+
     def of(self, draft: DraftModel) -> PassageStore:
-        """The same store with another copy of its draft.
+        """The same store with another copy of its draft. Both are closed together.
 
         Raises:
             StoreError: It is another draft.
@@ -173,9 +185,25 @@ class PassageStore:
         """Forget passages, given by their texts or by their hashes; returns how many there were."""
         names = [_text(each) for each in passages]
         names = [name if _is_digest(name) else digest(name) for name in names]
-        if self.vectors is not None:
-            self.vectors.shards.discard(names)
+        with self._sentences() as sentences:
+            if sentences is not None:
+                sentences.discard(names)
         return self.shards.discard(names)
+
+    def prune(self, passages: Iterable[str | Passage]) -> int:
+        """Forget all passages but these, which leave the disk; returns how many there were.
+
+        Args:
+            passages: Everything that remains, as texts or hashes. What is not there is not read.
+        """
+        names = [_text(each) for each in passages]
+        kept = {name if _is_digest(name) else digest(name) for name in names}
+        with self._sentences() as sentences:
+            if sentences is not None:
+                sentences.discard({*sentences.keys()} - kept - {PROBE})
+        gone = self.shards.discard({*self.shards.keys()} - kept)
+        self.compact()
+        return gone
 
     def __contains__(self, passage: object) -> bool:
         return isinstance(passage, str | Passage) and bool(
@@ -188,12 +216,14 @@ class PassageStore:
 
     def compact(self) -> int:
         """Let discarded passages leave the disk; returns the bytes that became free."""
-        more = 0 if self.vectors is None else self.vectors.shards.compact()
+        with self._sentences() as sentences:
+            more = 0 if sentences is None else sentences.compact()
         return self.shards.compact() + more
 
     def verify(self) -> list[str]:
         """Read everything; drops what is damaged and returns the passages' hashes."""
-        more = [] if self.vectors is None else self.vectors.shards.verify()
+        with self._sentences() as sentences:
+            more = [] if sentences is None else sentences.verify()
         return list(dict.fromkeys([*self.shards.verify(), *more]))
 
     def close(self) -> None:
@@ -208,10 +238,23 @@ class PassageStore:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def _sentences(self) -> AbstractContextManager[Shards | None]:
+        """Where sentence vectors lie, also those of an embedder that is not here."""
+        if self.vectors is None:
+            return vectors_in(self.shards.path)
+        return nullcontext(self.vectors.shards)
+
     def settled(self, method: SpecPC) -> tuple[SpecPC, str | None]:
         """A method as it is for these passages, and what had to be left out of it; see
-        `stored_method`.
+        `settled_for`. Its embedder opens the vectors in the store's folder, if there are some.
+
+        Raises:
+            ConfigError: The method reads passages together, or needs layers that are not stored.
+            StoreError: The vectors are another embedder's.
         """
+        asked = method.embedder if method.semantic_weight else None
+        if self.vectors is None and asked is not None and has_vectors(self.shards.path):
+            self.vectors = StoredVectors(self.shards.path, asked)
         embedder = None if self.vectors is None else self.vectors.embedder
         return settled_for(method, self.draft.model, self.layout, embedder)
 
@@ -228,9 +271,10 @@ class PassageStore:
         """
         texts = [passage.text for passage in prompt.passages]
         entries = self._entries(texts, remember)
-        if self.vectors is not None and method.embedder is self.vectors.embedder:
+        asked = method.embedder and embedder.load_embedder(method.embedder)
+        if self.vectors is not None and asked is self.vectors.embedder:
             known = self.vectors.known([digest(text) for text in texts], texts)
-            embedder.remember(method.embedder, known)
+            embedder.remember(asked, known)
         tail, model = self.frame.tail(prompt.question), self.draft.model
         return read_stored(
             model, self.beginning(), self.layout, entries, tail, tokens, method, texts, self.piece

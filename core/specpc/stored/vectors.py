@@ -7,6 +7,7 @@ fixed text, kept with them, so that no other one's are mixed in.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ from ...store.shards import Shards
 from ..units import unit_spans
 
 FOLDER = "sentences"
-_PROBE = "What does a passage say that a question asks?"
+PROBE = "What does a passage say that a question asks?"
 _SAME = 0.99  # cosine of what one embedder makes of one text on two machines
 
 
@@ -38,12 +39,12 @@ class StoredVectors:
 
     def __init__(self, path: Path | None, embedder: Embedder | str | Path) -> None:
         self.embedder = load_embedder(embedder)
-        probe = embed(self.embedder, [_PROBE])
+        probe = embed(self.embedder, [PROBE])
         about = {"format": 1, "width": probe.shape[1]}
         self.shards = Shards.open(None if path is None else path / FOLDER, about)
-        kept = self.shards.get([_PROBE]).get(_PROBE)
+        kept = self.shards.get([PROBE]).get(PROBE)
         if kept is None:
-            self.shards.put([Entry(_PROBE, 1, encode(probe.unsqueeze(1), "int8"))])
+            self.shards.put([Entry(PROBE, 1, encode(probe.unsqueeze(1), "int8"))])
         elif float((_rows(kept) * probe).sum()) < _SAME:
             raise StoreError(
                 f"The sentence vectors in {str(path)!r} were made by another embedder: open the "
@@ -68,6 +69,22 @@ class StoredVectors:
                 continue
             found.update(zip(_sentences(text), _rows(entry), strict=True))
         return found
+
+
+def has_vectors(path: Path | None) -> bool:
+    """Whether there are sentence vectors in a store's folder."""
+    return path is not None and (path / FOLDER).is_dir()
+
+
+@contextmanager
+def vectors_in(path: Path | None) -> Iterator[Shards | None]:
+    """The vectors in a store's folder, whichever embedder made them; None where there are none."""
+    about = Shards.made_with(path / FOLDER) if path is not None and has_vectors(path) else {}
+    if path is None or not about:
+        yield None
+        return
+    with Shards.open(path / FOLDER, about) as shards:
+        yield shards
 
 
 def _rows(entry: Entry) -> torch.Tensor:
