@@ -58,7 +58,8 @@ class Shards:
         """Open a store; where there is none, make one.
 
         Args:
-            path: Its folder; None: in memory, for this process alone.
+            path: Its folder, on a disk of this machine (the index's log needs shared memory); None:
+                in memory, for this process alone.
             about: What entries are made with, as JSON values. A store is for one such.
             limit: Most bytes of shards and index. Above it the least recently used entries leave
                 after a `put`; while that is done there may be as many more as the call brought, and
