@@ -70,6 +70,14 @@ def tiny_model(hidden: int, seed: int, layers: int = 2) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
+def save_pair(home: Path) -> dict[str, str]:
+    """Folders of a tiny target ("model") and draft with that tokenizer."""
+    for seed, name in enumerate(("model", "draft")):
+        tiny_model(32, seed=7 + seed).save_pretrained(home / name)
+        tiny_tokenizer().save_pretrained(home / name)
+    return {name: str(home / name) for name in ("model", "draft")}
+
+
 @cache
 def tiny_compressor() -> Compressor:
     return Compressor(tiny_model(32, seed=1), tiny_tokenizer())

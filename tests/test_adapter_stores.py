@@ -33,10 +33,9 @@ from draftsieve.retrievers import llama_index as li
 from .adapters_fixtures import (
     QUESTION,
     TEXTS,
+    save_pair,
     tiny_compressor,
     tiny_engine,
-    tiny_model,
-    tiny_tokenizer,
     tokens_read,
 )
 from .embedders import Words
@@ -172,12 +171,7 @@ def _llm(**options: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Folders of a target and a draft."""
-    home = tmp_path_factory.mktemp("pair")
-    for seed, name in enumerate(("model", "draft")):
-        tiny_model(32, seed=7 + seed).save_pretrained(home / name)
-        tiny_tokenizer().save_pretrained(home / name)
-    return {name: str(home / name) for name in ("model", "draft")}
+    return save_pair(tmp_path_factory.mktemp("pair"))
 
 
 @pytest.mark.parametrize("make", [_chat, _llm])

@@ -456,6 +456,10 @@ def test_mistakes_are_told_without_torch(docs: Path) -> None:
         ["compress", "q", "--file", os.devnull],
         ["compress", "q", "--file", str(docs / "ferry.md"), "--set", "capacity=x"],
         ["drafts", "build", "--docs", "no/such/folder", "--out", "x.safetensors"],
+        ["ask", "q", "--docs", str(docs), "--store-new"],
+        ["ask", "q", "--docs", str(docs), "--store", "x", "--method", "none"],
+        ["index", "build", "--docs", "no/such/folder", "--store", "x"],
+        ["index", "build", "--help"],
         ["ask", "--help"],
         ["ask", "--help-options"],
     ]

@@ -24,6 +24,7 @@ from .method import add_method, read_method
 from .output import Output, add_output, print_json, write_html
 from .render import answer_json, printable, show_costs, show_sources
 from .sources import retrieve
+from .stored import add_store, stored, tell
 
 if TYPE_CHECKING:
     from ...core.engine import Engine
@@ -35,6 +36,7 @@ examples:
   draftsieve ask "Who leads the archive?" --docs examples/data/handbook
   draftsieve ask "Who leads the archive?" --docs notes/ --ratio 0.2 --html kept.html
   draftsieve ask "Who leads the archive?" --docs notes/ --method speckv-pc --ratio 0.2
+  draftsieve ask "Who leads the archive?" --docs notes/ --store readings/ --store-new
   draftsieve ask "Who leads the archive?" --docs notes/ --set lexical_weight=0.5 --set unit=passage
   draftsieve ask "Who leads the archive?" --docs notes/ \\
       --target Qwen/Qwen3-4B --draft Qwen/Qwen3-0.6B
@@ -64,6 +66,7 @@ def add_ask(commands: Any) -> None:
         help='system text, "" for none (default: "%(default)s")',
     )
     add_method(line)
+    add_store(line)
     add_models(line, target=True, draft=True, bits="the target")
     answer = line.add_argument_group("answer")
     answer.add_argument(
@@ -85,8 +88,10 @@ def add_ask(commands: Any) -> None:
 def ask(arguments: argparse.Namespace) -> None:
     """Retrieve, answer, show."""
     method = read_method(arguments)
+    readings = stored(arguments, method)
     passages = retrieve(arguments)
-    engine = _load(arguments, method)
+    engine = _load(arguments, method, readings)
+    tell(engine.compressor, passages)
     options: dict[str, Any] = {
         "method": method,
         "generation": Generation(
@@ -110,7 +115,7 @@ def ask(arguments: argparse.Namespace) -> None:
     show_costs(output, answer, method)
 
 
-def _load(arguments: argparse.Namespace, method: Method | None) -> Engine:
+def _load(arguments: argparse.Namespace, method: Method | None, readings: dict[str, Any]) -> Engine:
     from ...core.engine import Engine
     from ...core.generation.speculative.drafters.store import TrigramStore
     from ...core.speckv.scorers import needs_draft
@@ -128,6 +133,7 @@ def _load(arguments: argparse.Namespace, method: Method | None) -> Engine:
         device=arguments.device,
         progress=progress(arguments),
         draft_store=TrigramStore.load(store) if store else None,
+        **readings,
     )
 
 

@@ -24,6 +24,7 @@ from .method import add_method, read_method
 from .output import add_output, print_json, write_html
 from .render import change, context_json, printable, sources_json, stages, why_whole
 from .sources import read_file, reassemble, retrieve
+from .stored import add_store, stored, tell
 
 _EPILOG = """\
 examples:
@@ -64,6 +65,7 @@ def add_compress(commands: Any) -> None:
         help='system text of the prompt that the draft reads, "" for none (default: "%(default)s")',
     )
     add_method(line, prompt_only=True)
+    add_store(line)
     add_models(line, target=False, draft=True, bits="the draft")
     add_output(line)
     add_running(line)
@@ -74,7 +76,7 @@ def compress(arguments: argparse.Namespace) -> None:
     """Read, shorten, print."""
     method = read_method(arguments)
     assert isinstance(method, SpecPC)  # this command offers no other
-    whole = ""
+    readings, whole = stored(arguments, method), ""
     if arguments.docs is not None:
         passages = retrieve(arguments)
     else:
@@ -88,7 +90,9 @@ def compress(arguments: argparse.Namespace) -> None:
         quantization=quantization(arguments),
         device=arguments.device,
         progress=progress(arguments),
+        **readings,
     )
+    tell(compressor, passages)
     context = compressor.compress(
         arguments.question, passages, method, system=arguments.system or None
     )

@@ -11,6 +11,7 @@ from .compress import add_compress
 from .data import add_data
 from .drafts import add_drafts
 from .eval import add_eval
+from .index import add_index
 from .models import add_models
 
 _EPILOG = """\
@@ -30,6 +31,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"draftsieve {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for add in (add_ask, add_compress, add_models, add_drafts, add_data, add_eval, add_calibrate):
+    first, rest = (add_ask, add_compress, add_index), (add_models, add_drafts, add_data)
+    for add in (*first, *rest, add_eval, add_calibrate):
         add(commands)
     return parser
