@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from draftsieve import Compressor, Engine, Passage, PassageStore, Prompt, SpecPC
-from draftsieve.core.errors import ConfigError, ModelError, StoreError
+from draftsieve.core.errors import ConfigError, ModelError, RequestTimeoutError, StoreError
 from draftsieve.core.models.loading import fingerprint
 from draftsieve.core.specpc.draft_scores import NO_GUESS, read_scores
 from draftsieve.core.specpc.head_weights import HeadWeights
@@ -424,3 +424,30 @@ def test_text_that_looks_like_control_tokens_and_strange_text() -> None:
     ids = store.frame.passage(texts[0])[0].tolist()
     assert not {0, 1} & set(ids)  # the template's control tokens
     assert all(text in store for text in texts if text.strip())
+
+
+def test_passages_that_cannot_be_stored_are_read_all_the_same(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    draft = _compressor()
+    store = PassageStore.open(tmp_path, draft, limit=60_000)
+    many = [f"{text} Number {number}." for number in range(60) for text in TEXTS]
+    with pytest.raises(StoreError, match="limit is 60,000 bytes"):
+        store.add(many)
+    stored = Compressor(draft.model, draft.tokenizer, store=store, store_new=True)
+    with caplog.at_level("WARNING"):
+        context = stored.compress(QUESTION, many[:70], APART)
+    assert 0 < context.stats.compressed_passage_tokens < context.stats.passage_tokens
+    assert context.stats.fallback is None
+    assert "70 passages were read, but not stored" in caplog.text
+    assert store.add(many[:1]) == 1
+
+
+def test_a_time_limit_ends_the_reading() -> None:
+    draft = _compressor()
+    stored = Compressor(
+        draft.model, draft.tokenizer, store=PassageStore.open(":memory:", draft), progress=False
+    )
+    with pytest.raises(RequestTimeoutError):
+        stored.compress(QUESTION, TEXTS * 30, APART, timeout=1e-9)
+    assert stored.compress(QUESTION, TEXTS, APART).stats.fallback is None

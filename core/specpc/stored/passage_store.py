@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
@@ -25,6 +26,7 @@ from ...kv_cache.layers import StoppableCache, full_states
 from ...kv_cache.prefill import passes_of
 from ...models import embedder
 from ...models.embedder import Embedder
+from ...models.footprint import explain_out_of_memory
 from ...models.loading import fingerprint
 from ...prompt.encoder import PromptTokens
 from ...prompt.messages import Prompt
@@ -39,6 +41,7 @@ from .layout import Layers, Layout, Tier, layout_of, settled_for
 from .reading import Beginning, read_stored
 from .vectors import PROBE, StoredVectors, has_vectors, vectors_in
 
+logger = logging.getLogger(__name__)
 FORMAT = 1
 MEMORY = ":memory:"
 LONGEST = 4096  # tokens of a passage that are read in one piece; each piece begins anew
@@ -158,14 +161,18 @@ class PassageStore:
     def add(self, passages: Iterable[str | Passage]) -> int:
         """Read passages that are not there yet.
 
-        What has been read is kept every few hundred passages: a run that was ended goes on where it
-        was.
+        What has been read is written every hundred passages or so: a run that was ended goes on
+        where it was.
 
         Args:
-            passages: Any number; nothing is held beyond a few hundred of them.
+            passages: Any number; not more than that are held.
 
         Returns:
             How many were new.
+
+        Raises:
+            StoreError: They cannot be written (disk full, read-only, beyond the limit).
+            OutOfMemoryError: The draft's pass does not fit into memory.
         """
         total = len(passages) if isinstance(passages, Sequence) else None
         new, rest = 0, iter(passages)
@@ -175,7 +182,9 @@ class PassageStore:
                 texts = dict.fromkeys(_text(each) for each in some)
                 known = self.shards.has([digest(text) for text in texts])
                 unknown = [text for text in texts if digest(text) not in known]
-                new += self.shards.put(self._read(unknown))
+                doing = f"{len(unknown)} passages were read for a store"
+                with explain_out_of_memory(doing, draft=self.draft.model):
+                    new += self.shards.put(self._read(unknown))
                 if self.vectors is not None:
                     self.vectors.add([digest(text) for text in texts], list(texts))
                 bar.update(len(some))
@@ -297,9 +306,12 @@ class PassageStore:
         missing = {n: t for n, t in zip(names, texts, strict=True) if n not in known}
         fresh = {entry.key: entry for entry in self._read(list(missing.values()))}
         if remember and fresh:
-            self.shards.put(fresh.values())
-            if self.vectors is not None:
-                self.vectors.add(list(missing), list(missing.values()))
+            try:
+                self.shards.put(fresh.values())
+                if self.vectors is not None:
+                    self.vectors.add(list(missing), list(missing.values()))
+            except StoreError as error:  # the question can be answered all the same
+                logger.warning("%d passages were read, but not stored: %s", len(fresh), error)
         return [known.get(name) or fresh.get(name) for name in names]
 
     def _read(self, texts: Sequence[str]) -> Iterator[Entry]:
