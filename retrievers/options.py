@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveFloat
 
 from ..core.compressor import Compressor
 from ..core.config import DEFAULT_METHOD, AnyEmbedder, OnError, SpecPC
+from ..core.errors import ConfigError
 from ..core.models.loading import AnyQuantization
 from ..core.models.shared import shared_model
 from ..core.options import told_as_config_errors
@@ -26,8 +27,8 @@ class Asking(TypedDict):
     timeout: float | None
 
 
-class DraftOptions(BaseModel):
-    """Options of everything that reads with a draft; the draft is loaded at construction.
+class DraftLoading(BaseModel):
+    """Which draft, loaded how, with which store; it is loaded at construction.
 
     Drafts of the same options are loaded once in a process (`core.models.shared`).
 
@@ -36,11 +37,6 @@ class DraftOptions(BaseModel):
         compressor: A loaded compressor, instead of `model`.
         store: Passages that the draft has read before: a `PassageStore`, or the folder of one,
             which is made where it is missing. Takes the place of the compressor's own.
-        store_new: Whether passages that are not in the store are put there.
-        timeout: Seconds after which the draft's part of a request fails; None for no limit.
-        on_error: "original" goes on with the whole texts when the draft fails, and logs a
-            warning; "raise" raises.
-        system: The system text that the draft reads in front of the passages; None for none.
         gguf_file: Name of the GGUF file in the model's folder or hub repository.
         revision: Branch, tag or commit of the hub repository.
         quantization: How its weights are quantised: a `Quantization` (4 or 8 bits) or one of
@@ -63,10 +59,6 @@ class DraftOptions(BaseModel):
     model: str = "builtin:draft"
     compressor: Compressor | None = Field(default=None, exclude=True, repr=False)
     store: PassageStore | str | Path | None = None  # its place, once the object is made
-    store_new: bool = False
-    timeout: PositiveFloat | None = None
-    on_error: OnError = "original"
-    system: str | None = DEFAULT_SYSTEM
     gguf_file: str | None = None
     revision: str | None = None
     quantization: AnyQuantization | None = None
@@ -88,7 +80,7 @@ class DraftOptions(BaseModel):
         """The draft with its store; its model is one for all who load it alike."""
         if (found := self.compressor) is not None:
             self.model = found.model.name_or_path or self.model
-            return found if self.store is None else found.with_store(self.store, self.store_new)
+            return found if self.store is None else found.with_store(self.store, self._remembers())
         draft = shared_model(
             self.model,
             gguf_file=self.gguf_file,
@@ -106,8 +98,12 @@ class DraftOptions(BaseModel):
             template_options=self.template_options,
             progress=self.progress,
             store=self.store,
-            store_new=self.store_new,
+            store_new=self._remembers(),
         )
+
+    def _remembers(self) -> bool:
+        """Whether a question's new passages are put into the store."""
+        return False
 
     @property
     def loaded(self) -> Compressor:
@@ -115,13 +111,65 @@ class DraftOptions(BaseModel):
         assert self.compressor is not None
         return self.compressor
 
+
+class IndexOptions(DraftLoading):
+    """Options of what reads documents into a store; see `DraftLoading` for the others.
+
+    Args:
+        store: A `PassageStore`, or the folder of one, which is made where it is missing. How much
+            is kept of a token is told to `PassageStore.open`.
+        embedder: Keeps its vectors of the sentences too: a LangChain `Embeddings`, a LlamaIndex
+            `BaseEmbedding`, a function from texts to vectors, or a model's folder or hub id.
+
+    Raises:
+        ConfigError: There is no store.
+    """
+
+    embedder: AnyEmbedder = Field(default=None, repr=False)
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.embedder = as_embedder(self.embedder)
+        passages = self.passages
+        if self.embedder is not None:
+            passages.embed_with(self.embedder)
+
+    @property
+    def passages(self) -> PassageStore:
+        """The store."""
+        if (store := self.loaded.draft.store) is None:
+            raise ConfigError(
+                f"{type(self).__name__} has no store: give store=, a folder or a PassageStore."
+            )
+        return store
+
+
+class DraftOptions(DraftLoading):
+    """Options of everything that asks a draft; see `DraftLoading` for the others.
+
+    Args:
+        store_new: Whether passages that are not in the store are put there.
+        timeout: Seconds after which the draft's part of a request fails; None for no limit.
+        on_error: "original" goes on with the whole texts when the draft fails, and logs a
+            warning; "raise" raises.
+        system: The system text that the draft reads in front of the passages; None for none.
+    """
+
+    store_new: bool = False
+    timeout: PositiveFloat | None = None
+    on_error: OnError = "original"
+    system: str | None = DEFAULT_SYSTEM
+
+    def _remembers(self) -> bool:
+        return self.store_new
+
     def asking(self) -> Asking:
         """What every core call is given."""
         return {"system": self.system, "on_error": self.on_error, "timeout": self.timeout}
 
 
 class SieveOptions(DraftOptions):
-    """Options of everything that compresses with a draft; see `DraftOptions` for the others.
+    """Options of everything that compresses with a draft; see `DraftOptions` and `DraftLoading`.
 
     Args:
         method: How much is kept, and of what. A `ratio` is a share of the draft tokens of all

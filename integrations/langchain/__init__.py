@@ -1,4 +1,4 @@
-"""LangChain: document compressor, chat model, LLM, agent middleware; each call is one core call."""
+"""LangChain: compressor and indexer, chat model, LLM, middleware; each call is one core call."""
 
 from __future__ import annotations
 
@@ -10,12 +10,19 @@ require("langchain_core", "langchain", "draftsieve.integrations.langchain")
 
 from .chat_model import ChatDraftSieve  # noqa: E402
 from .compressor import DraftCompressor  # noqa: E402
+from .indexer import DraftIndexer  # noqa: E402
 from .llm import DraftSieveLLM  # noqa: E402
 
 if TYPE_CHECKING:
     from .middleware import DraftCompressionMiddleware
 
-__all__ = ["ChatDraftSieve", "DraftCompressionMiddleware", "DraftCompressor", "DraftSieveLLM"]
+__all__ = [
+    "ChatDraftSieve",
+    "DraftCompressionMiddleware",
+    "DraftCompressor",
+    "DraftIndexer",
+    "DraftSieveLLM",
+]
 
 
 def __getattr__(name: str) -> Any:

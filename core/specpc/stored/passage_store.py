@@ -158,6 +158,14 @@ class PassageStore:
             )
         return PassageStore(self.shards, draft, self.layout, frame, self.vectors)
 
+    def embed_with(self, embedder: Embedder | str | Path) -> None:
+        """Keep an embedder's sentence vectors too from now on, see `open`.
+
+        Raises:
+            StoreError: The store has another embedder's.
+        """
+        self.vectors = StoredVectors(self.shards.path, embedder)
+
     def add(self, passages: Iterable[str | Passage]) -> int:
         """Read passages that are not there yet.
 
