@@ -20,6 +20,7 @@ from threading import Lock
 from typing import Any, Protocol
 
 import torch
+from torch.nn import functional
 from transformers import AttentionInterface, PreTrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 
@@ -162,6 +163,41 @@ def attention_probabilities(
         return logits.softmax(-1)
     column = sinks.float().view(1, -1, 1, 1).expand(batch, heads, rows, 1)
     return torch.cat([logits, column], dim=-1).softmax(-1)[..., :-1]
+
+
+def attention_output(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    visible: torch.Tensor,
+    scaling: float,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """What attention gives a few query rows, each of which sees something.
+
+    Args:
+        query: As for `attention_probabilities`, and so are the others.
+        value: (batch, kv_heads, keys, value_dim).
+
+    Returns:
+        (batch, rows, heads, value_dim) of the query's type.
+    """
+    if softcap is None and sinks is None:
+        found = functional.scaled_dot_product_attention(
+            query.float(), key, value, attn_mask=visible, scale=scaling, enable_gqa=True
+        )
+    else:
+        seen = attention_probabilities(query, key, visible, scaling, softcap, sinks)
+        found = weighted_values(seen, value)
+    return found.transpose(1, 2).to(query.dtype)
+
+
+def weighted_values(probabilities: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """(batch, heads, rows, value_dim): values, each head's by its probabilities."""
+    batch, heads, rows, keys = probabilities.shape
+    grouped = probabilities.reshape(batch, value.shape[1], -1, keys) @ value
+    return grouped.view(batch, heads, rows, -1)
 
 
 class AttentionCallback(Protocol):

@@ -18,9 +18,11 @@ from ...config import SpecPC
 from ...kv_cache.layers import StoppableCache
 from ...models.attention_capture import (
     AttentionCall,
+    attention_output,
     attention_probabilities,
     observing,
     observing_until,
+    weighted_values,
 )
 from ...prompt.encoder import PromptTokens
 from ...store.codec import decode
@@ -219,24 +221,18 @@ class _Between:
             return None
         if self.visible is None:
             self.visible = self._visible(call)
-        found = attention_probabilities(
-            call.query,
-            self._inserted(call.key, [row.keys for row in self.rows], where, self.layout.keys),
-            self.visible,
-            call.scaling,
-            call.softcap,
-            call.sinks,
-        )
-        if self.scoring is not None and scored:
-            self.scoring.add(call.layer, found[:, :, -self.scoring.weights.shape[1] :], 0)
+        keys = self._inserted(call.key, [row.keys for row in self.rows], where, self.layout.keys)
+        how = self.visible, call.scaling, call.softcap, call.sinks
+        seen = attention_probabilities(call.query, keys, *how) if scored else None
+        if seen is not None and self.scoring is not None:
+            self.scoring.add(call.layer, seen[:, :, -self.scoring.weights.shape[1] :], 0)
         if values.start == values.stop:
             return None
-        seen = self._inserted(
-            call.value, [row.values for row in self.rows], values, self.layout.values
-        )
-        batch, heads, size, keys = found.shape
-        grouped = found.view(batch, seen.shape[1], -1, keys) @ seen
-        return grouped.view(batch, heads, size, -1).transpose(1, 2).to(call.query.dtype)
+        given = [row.values for row in self.rows]
+        inside = self._inserted(call.value, given, values, self.layout.values)
+        if seen is None:
+            return attention_output(call.query, keys, inside, *how)
+        return weighted_values(seen, inside).transpose(1, 2).to(call.query.dtype)
 
     def _visible(self, call: AttentionCall) -> torch.Tensor:
         """(batch, 1, rows, keys) bool: all of the beginning and the passages, the own tokens."""
