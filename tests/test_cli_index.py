@@ -97,7 +97,8 @@ def test_passages_are_read_once_and_asked_for_often(
 def test_an_update_follows_the_folder(
     places: list[str], draft: list[str], docs: Path, capsys: Capture
 ) -> None:
-    assert cli.main(["index", "build", *places, *draft, "--codec", "int4"]) == 0
+    options = ["--codec", "int4", "--first-layer", "0"]
+    assert cli.main(["index", "build", *places, *draft, *options]) == 0
     (docs / "0.md").write_text(TEXTS[0] + " It is painted red.", encoding="utf-8")
     (docs / "1.md").unlink()
     (docs / "new.md").write_text("A second ferry goes to Lund on Fridays.", encoding="utf-8")
@@ -110,7 +111,7 @@ def test_an_update_follows_the_folder(
     after = stats(places, capsys)
     assert (after["docs_stored"], after["docs_missing"], after["not_in_docs"]) == (3, 0, 0)
     assert after["passages"] == 3
-    assert after["codec"] == "int4"
+    assert (after["codec"], after["first_layer"]) == ("int4", 0)
     assert after["bytes_a_token"] == round(after["bytes"] / after["tokens"], 1)
     capsys.readouterr()
     assert cli.main(["index", "stats", "--store", places[3]]) == 0
@@ -169,6 +170,7 @@ def test_what_cannot_be_done_is_said(
         assert cli.main(arguments) in (1, 2)
         return capsys.readouterr().err
 
+    assert "first_layer=1, but" in error("index", "build", *places, *draft, "--first-layer", "1")
     assert "There is no store in" in error(*asked, *places[2:])
     assert "draftsieve index build" in error("index", "update", *places, *draft)
     assert "There is no store in" in error("index", "stats", *places)

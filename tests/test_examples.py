@@ -44,6 +44,14 @@ def test_the_retriever_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
     assert "Haizek Pimemont" in said
 
 
+def test_the_indexing_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    run_path(str(EXAMPLES / "langchain_index.py"))
+    first, second, *asked = capsys.readouterr().out.splitlines()
+    assert first.startswith("16 added, 0 deleted, 0 readings forgotten")
+    assert second.startswith("1 added, 1 deleted, 1 readings forgotten")
+    assert [line.split(":")[0] for line in asked] == ["read now"] * 2 + ["from the store"] * 2
+
+
 def test_the_embeddings_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
     run_path(str(EXAMPLES / "langchain_embeddings.py"))
     first, second = capsys.readouterr().out.split("When did")

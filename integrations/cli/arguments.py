@@ -38,6 +38,11 @@ def count(text: str) -> int:
     return int(text)
 
 
+def layer(text: str) -> int:
+    """A whole number from 0."""
+    return 0 if text == "0" else count(text)
+
+
 def share(text: str) -> float:
     """A number in (0, 1]."""
     try:

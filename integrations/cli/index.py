@@ -10,6 +10,7 @@ from .arguments import (
     add_models,
     add_running,
     count,
+    layer,
     loading,
     model,
     new_folder,
@@ -102,6 +103,13 @@ def _add_reading(line: argparse.ArgumentParser) -> None:
         help="up to the last layer whose heads count (heads, of new stores), or all",
     )
     group.add_argument(
+        "--first-layer",
+        type=layer,
+        metavar="N",
+        help="the question sees passages from layer N on; lower ones are not kept (0, of new "
+        "stores)",
+    )
+    group.add_argument(
         "--embedder",
         type=model,
         metavar="MODEL",
@@ -149,7 +157,7 @@ def stats(arguments: argparse.Namespace) -> None:
             "bytes_a_token": round(held.bytes / max(1, held.rows), 1),
             "sentence_vectors": rows,
             "vector_bytes": 0 if sentences is None else sentences.stats().bytes,
-            **{name: made[name] for name in ("tier", "codec", "layers", "draft")},
+            **{name: made[name] for name in ("tier", "codec", "layers", "first_layer", "draft")},
         }
         if arguments.docs:
             names = {digest(passage.text) for passage in _passages(arguments)}
@@ -191,6 +199,7 @@ def _open(arguments: argparse.Namespace) -> PassageStore:
         tier=arguments.tier,
         codec=arguments.codec,
         layers=arguments.layers,
+        first_layer=arguments.first_layer,
         embedder=arguments.embedder,
         limit=None if arguments.limit is None else arguments.limit * 1_000_000,
     )
