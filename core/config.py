@@ -259,7 +259,7 @@ class SpecPC(Options):
             raise ConfigError(f"There is no preset {name!r}; there are: {sorted(_PRESETS)}.")
         chosen = {**_PRESETS[name], **changes}
         unfit = {"token": _SHARES, "word": _SHARES, "passage": ("passage_weight",)}
-        for share in unfit.get(chosen["unit"], ()):
+        for share in unfit.get(str(chosen["unit"]), ()):
             if share not in changes:
                 chosen.pop(share, None)
         return cls(**chosen)

@@ -85,7 +85,15 @@ def test_calls_that_come_first_or_never(text: str, said: str, calls: list[str]) 
 
 
 @pytest.mark.parametrize(
-    "form", [{"type": "xml"}, {"type": "json_schema"}, {"json_schema": {"schema": {}}}, "json", int]
+    "form",
+    [
+        {"type": "xml"},
+        {"type": "json_schema"},
+        {"type": "json_schema", "json_schema": "text"},
+        {"json_schema": {"schema": {}}},
+        "json",
+        int,
+    ],
 )
 def test_response_formats_that_are_not_understood_are_named(form: Any) -> None:
     with pytest.raises(GrammarError, match="json_object"):

@@ -134,7 +134,8 @@ def stated_schema(response_format: Mapping[str, Any] | None) -> Mapping[str, Any
     """
     wanted = response_format or {"type": "text"}
     kind = wanted.get("type") if isinstance(wanted, Mapping) else None
-    schema = (wanted.get("json_schema") or {}).get("schema") if kind == "json_schema" else None
+    named = wanted.get("json_schema") if kind == "json_schema" else None
+    schema = named.get("schema") if isinstance(named, Mapping) else None
     if kind not in ("text", "json_object") and not isinstance(schema, Mapping):
         raise GrammarError(
             f"response_format={response_format!r} is not understood: give OpenAI's mapping, "

@@ -9,35 +9,16 @@ import re
 import shutil
 import textwrap
 from collections.abc import Iterator, Sequence
-from difflib import get_close_matches
 from types import UnionType
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import TypeAdapter, ValidationError
 
-from ...core.config import (
-    DEFAULT_METHOD,
-    NEWEST_PRESET,
-    SEMANTIC_WEIGHT,
-    Method,
-    SpecKV,
-    SpecKVPC,
-    SpecPC,
-)
+from ...core.config import DEFAULT_METHOD, NEWEST_PRESET, SEMANTIC_WEIGHT, Method, SpecPC
 from ...core.errors import ConfigError
 from ...core.options import Options
+from .._shared.methods import METHODS, PAPER, SHARE, STAGES, build_method, find_option
 from .arguments import count, model, share
-
-PAPER = "paper"
-_METHODS = {
-    "specpc": ("specpc",),
-    "speckv": ("speckv",),
-    "speckv-pc": ("specpc", "speckv"),
-    "none": (),
-}
-_OPTIONS: dict[str, type[SpecPC | SpecKV]] = {"specpc": SpecPC, "speckv": SpecKV}
-_SHARE = DEFAULT_METHOD.ratio or 1.0
-_BUDGETS = {"capacity", "ratio"}
 
 _RATIO = """\
 share R of the passages' tokens to keep, in (0, 1] (default: {share}); question, system text and
@@ -75,13 +56,13 @@ def add_method(line: argparse.ArgumentParser, *, prompt_only: bool = False) -> N
     else:
         group.add_argument(
             "--method",
-            choices=tuple(_METHODS),
+            choices=tuple(METHODS),
             default="specpc",
             help="shorten the prompt (specpc, the default), evict from the target's cache "
             "(speckv), both, or nothing",
         )
     budget = group.add_mutually_exclusive_group()
-    budget.add_argument("--ratio", type=share, metavar="R", help=_RATIO.format(share=_SHARE))
+    budget.add_argument("--ratio", type=share, metavar="R", help=_RATIO.format(share=SHARE))
     budget.add_argument("--capacity", type=count, metavar="N", help=_CAPACITY)
     group.add_argument("--preset", metavar="NAME", help=_PRESET.format(preset=NEWEST_PRESET))
     group.add_argument("--embedder", type=model, metavar="MODEL", help=_EMBEDDER)
@@ -90,7 +71,7 @@ def add_method(line: argparse.ArgumentParser, *, prompt_only: bool = False) -> N
     group.add_argument(
         "--set", dest="options", action="append", default=[], metavar="NAME=VALUE", help=_SET
     )
-    stages = _METHODS["specpc" if prompt_only else "speckv-pc"]
+    stages = METHODS["specpc" if prompt_only else "speckv-pc"]
     group.add_argument(
         "--help-options", action=_HelpOptions, stages=stages, help="list what --set takes, and exit"
     )
@@ -102,22 +83,15 @@ def read_method(arguments: argparse.Namespace) -> Method | None:
     Raises:
         ConfigError: An option does not exist, has no such value, or does not go with another.
     """
-    stages = _METHODS[arguments.method]
+    stages = METHODS[arguments.method]
     if not stages:
         return None
     given = _given(arguments.options, stages)
-    _add_budgets(given, arguments.ratio, arguments.capacity)
     preset = arguments.preset or (NEWEST_PRESET if "specpc" in stages else PAPER)
     _add_embedder(given, preset, arguments.embedder, arguments.semantic_weight)
-    made: dict[str, Any] = {}
-    for stage, options in given.items():
-        kind = _OPTIONS[stage]
-        plain = preset == PAPER or stage != stages[0]  # of two stages the first has the preset
-        made[stage] = kind(**options) if plain else kind.preset(preset, **options)
-    if len(made) == 2:
-        return SpecKVPC(**made)
-    method: SpecPC | SpecKV = made.popitem()[1]
-    return method
+    return build_method(
+        stages, given, preset=preset, ratio=arguments.ratio, capacity=arguments.capacity
+    )
 
 
 def _given(options: Sequence[str], stages: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -127,26 +101,9 @@ def _given(options: Sequence[str], stages: Sequence[str]) -> dict[str, dict[str,
         path, equals, text = option.partition("=")
         if not equals:
             raise ConfigError(f"--set {option}: say NAME=VALUE, as in --set kernel_size=7.")
-        stage, name = _find(path.strip(), stages)
-        given[stage][name] = _parse(path, _OPTIONS[stage], name, text)
+        stage, name = find_option(path.strip(), stages, f"--set {path.strip()}")
+        given[stage][name] = _parse(path, STAGES[stage], name, text)
     return given
-
-
-def _find(path: str, stages: Sequence[str]) -> tuple[str, str]:
-    """Stage and name of an option."""
-    stage, _, name = path.rpartition(".")
-    homes = [home for home in stages if stage in ("", home) and name in _OPTIONS[home].model_fields]
-    if len(homes) == 1:
-        return homes[0], name
-    if homes:
-        raise ConfigError(f"--set {path}: both stages have it: say specpc.{name} or speckv.{name}.")
-    known = {name: None for home in stages for name in _OPTIONS[home].model_fields}
-    close = get_close_matches(name, known, 2)
-    hint = f" Did you mean {' or '.join(close)}?" if close else ""
-    raise ConfigError(
-        f"--set {path}: there is no such option.{hint} There are: {', '.join(known)}; "
-        "--help-options explains them."
-    )
 
 
 def _parse(path: str, options: type[Options], name: str, text: str) -> Any:
@@ -176,30 +133,6 @@ def _add_embedder(
         options.setdefault("embedder", embedder)
 
 
-def _add_budgets(
-    given: dict[str, dict[str, Any]], ratio: float | None, capacity: int | None
-) -> None:
-    """Give a budget to every stage that has none of its own."""
-    missing = [stage for stage, options in given.items() if not _BUDGETS & options.keys()]
-    first = given.get("specpc", {})
-    if len(given) == 2 and "speckv" in missing and (capacity or "capacity" in first):
-        raise ConfigError(
-            "speckv-pc has two budgets, tokens of the prompt and entries of the cache: give both, "
-            "as in --set specpc.capacity=2000 --set speckv.capacity=512, or --ratio for what both "
-            "leave together."
-        )
-    share = ratio or _SHARE
-    for stage in missing:
-        if capacity:
-            given[stage]["capacity"] = capacity
-        elif len(given) == 1:
-            given[stage]["ratio"] = share
-        elif stage == "specpc":
-            given[stage]["ratio"] = min(1.0, 2 * share)
-        else:
-            given[stage]["ratio"] = min(1.0, share / first["ratio"])
-
-
 class _HelpOptions(argparse.Action):
     """Print the options of the stages, their defaults and what they mean."""
 
@@ -214,9 +147,9 @@ class _HelpOptions(argparse.Action):
     def _lines(self) -> Iterator[str]:
         width = min(100, shutil.get_terminal_size().columns)
         for place, stage in enumerate(self.stages):
-            kind = _OPTIONS[stage]
-            ours = DEFAULT_METHOD if kind is SpecPC else kind(ratio=_SHARE)
-            paper = kind(ratio=_SHARE)
+            kind = STAGES[stage]
+            ours = DEFAULT_METHOD if kind is SpecPC else kind(ratio=SHARE)
+            paper = kind(ratio=SHARE)
             if place:
                 yield ""
             yield f"{kind.__name__}, --set NAME=VALUE (--set {stage}.NAME=VALUE with speckv-pc):\n"

@@ -13,6 +13,7 @@ from .drafts import add_drafts
 from .eval import add_eval
 from .index import add_index
 from .models import add_models
+from .serve import add_serve
 
 _EPILOG = """\
 `draftsieve COMMAND --help` has the options and examples.
@@ -31,7 +32,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"draftsieve {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    first, rest = (add_ask, add_compress, add_index), (add_models, add_drafts, add_data)
+    first, rest = (add_ask, add_compress, add_index, add_serve), (add_models, add_drafts, add_data)
     for add in (*first, *rest, add_eval, add_calibrate):
         add(commands)
     return parser

@@ -18,13 +18,13 @@ from ...core.errors import ConfigError
 from ...core.prompt.messages import Prompt
 from ...core.types import Answer, Chunk
 from ...retrievers.langchain import as_passages
-from .._shared.tools import choice_of
+from .._shared.tools import choice_of, schema_of, tools_of
 from .batch import Configs, all_at_once, together
 from .batch import answer as ask
 from .messages import as_mappings, usage_metadata
 from .options import STRICT, EngineOptions
 from .structured import structured
-from .tools import as_call_chunks, as_calls, as_invalid_calls, schema_of, tools_of
+from .tools import as_call_chunks, as_calls, as_invalid_calls
 
 
 class ChatDraftSieve(EngineOptions, BaseChatModel):

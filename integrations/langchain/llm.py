@@ -15,9 +15,9 @@ from ...core.prompt.messages import Prompt
 from ...core.types import Answer, Chunk
 from ...retrievers.langchain import as_passages
 from .._shared.options import CALL_OPTIONS
+from .._shared.tools import schema_of
 from .messages import usage_metadata
 from .options import STRICT, EngineOptions
-from .tools import schema_of
 
 
 class DraftSieveLLM(EngineOptions, BaseLLM):

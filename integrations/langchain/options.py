@@ -15,7 +15,8 @@ from .._shared import options as shared
 from .._shared.identity import identity
 from .._shared.options import CallOptions
 from .._shared.report import named, report
-from .tools import TOOL_OPTIONS, grammar_of
+from .._shared.tools import grammar_of
+from .tools import TOOL_OPTIONS
 
 STRICT = ConfigDict(extra="forbid")  # of each class: LangChain's bases ignore unknown options
 
