@@ -231,3 +231,21 @@ def test_an_indexer_needs_a_store(kind: Any, tmp_path: Path) -> None:
         kind(compressor=tiny_compressor(), store=tmp_path, timeout=3)
     own = tiny_compressor().with_store(tmp_path)
     assert kind(compressor=own).passages is own.draft.store
+
+
+@pytest.mark.real
+def test_a_real_draft_reads_documents_once(smollm2: str, tmp_path: Path) -> None:
+    """With the default method, whose heads are known for it."""
+    options: dict[str, Any] = {"model": smollm2, "dtype": "float32", "store": tmp_path}
+    documents = [Document(text) for text in TEXTS]
+    indexer = lc.DraftIndexer(**options)
+    indexer.transform_documents(documents)
+    assert held(indexer.passages, *TEXTS)
+    sieve = lc.DraftCompressor(**options)
+    assert sieve.loaded.model is indexer.loaded.model
+    with tokens_read(sieve.loaded.model) as reads:
+        kept = sieve.compress_documents(documents, QUESTION)
+        frame = indexer.passages.frame
+        assert reads() == len(frame.ids) + len(frame.tail(QUESTION).ids)
+    assert "seven in the morning" in kept[0].page_content
+    assert kept[0].metadata["draftsieve"]["fallback"] is None
