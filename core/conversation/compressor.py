@@ -118,6 +118,28 @@ class TurnCompressor:
             logger.debug("The failure in full:", exc_info=error)
             return ShortTurns(tuple(whole), size, size, fallback=f"{type(error).__name__}: {error}")
 
+    def size_of(self, turns: Sequence[Turn]) -> int:
+        """Draft tokens of a whole conversation."""
+        return total(self._whole(turn) for turn in turns)
+
+    def capacity_of(self, question: str, turns: Sequence[Turn], ratio: float) -> int:
+        """Draft tokens of a conversation that keeps a share of what may be shortened.
+
+        Texts whose form is remembered count as they were sent, so that nobody gives way twice.
+
+        Args:
+            question: As for `compress`, whose `limit` the result can be.
+            turns: The same.
+            ratio: The share, in (0, 1].
+        """
+        whole = [self._whole(turn) for turn in turns]
+        loose = self._loose(turns, whole)
+        keys = self.memory.keys(question, turns, loose)
+        known = self.memory.recall(dict(zip(loose, keys, strict=True)))
+        new = sum(whole[index].tokens for index in loose if index not in known)
+        sent = total(known.get(index, full) for index, full in enumerate(whole))
+        return sent - new + ceil(ratio * new)
+
     async def acompress(
         self,
         question: str,
@@ -142,13 +164,10 @@ class TurnCompressor:
         on_error: OnError,
     ) -> ShortTurns:
         capacity = self.capacity if limit is None else min(limit, self.capacity)
-        loose = [
-            index
-            for index, (turn, full) in enumerate(zip(turns, whole, strict=True))
-            if turn.keep != "always" and full.tokens >= self._min_tokens
-        ]
-        keys = dict(zip(loose, self.memory.keys(question, turns, loose), strict=True))
-        known = self.memory.recall(keys)
+        loose = self._loose(turns, whole)
+        every = range(len(turns))
+        keys = dict(zip(every, self.memory.keys(question, turns, every), strict=True))
+        known = self.memory.recall({index: keys[index] for index in loose})
         sent = [known.get(index, full) for index, full in enumerate(whole)]
         group: list[int] = []
         if total(sent) > capacity:
@@ -161,10 +180,19 @@ class TurnCompressor:
                 group, self._shorten(question, turns, whole, group, room), strict=True
             ):
                 sent[index] = short
-        fixed_form = loose if self._stable else group
+        # what had to stay whole this time may be shortened later, when it is no longer the newest
+        fixed_form = every if self._stable else group
         self.memory.store({keys[index]: sent[index] for index in fixed_form})
         logger.info("Conversation: %d of %d tokens, %d texts read", total(sent), size, len(group))
         return ShortTurns(tuple(sent), total(sent), size, compressed=len(group))
+
+    def _loose(self, turns: Sequence[Turn], whole: Sequence[ShortTurn]) -> list[int]:
+        """Places of the texts that may be shortened."""
+        return [
+            index
+            for index, (turn, full) in enumerate(zip(turns, whole, strict=True))
+            if turn.keep != "always" and full.tokens >= self._min_tokens
+        ]
 
     def _give_way(
         self,

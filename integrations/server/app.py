@@ -12,9 +12,11 @@ from starlette.responses import Response
 from ... import __version__
 from ...core.engine import Engine
 from .completions import completions
+from .compression import compression
 from .errors import add_error_handlers
 from .logs import log
 from .models import models
+from .originals import Originals
 from .service import Service
 from .settings import Settings
 from .watching import Watching, record_of
@@ -35,12 +37,17 @@ def create_app(settings: Settings | None = None, engine: Engine | None = None) -
         ConfigError: An option is invalid.
     """
     service = Service(settings or Settings(), engine)
+    own = service.settings
+    originals = Originals(
+        own.originals, max_bytes=own.originals_bytes, max_seconds=own.originals_seconds
+    )
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         loading = asyncio.create_task(_load(service))
         yield
         await loading
+        originals.close()
 
     def tenant(request: Request) -> None:
         request.state.tenant = service.tenants.of(request)
@@ -50,7 +57,7 @@ def create_app(settings: Settings | None = None, engine: Engine | None = None) -
     app.state.service = service
     app.add_middleware(Watching, metrics=service.metrics, most=service.settings.max_body_bytes)
     add_error_handlers(app)
-    for router in (completions(service), models(service)):
+    for router in (completions(service), compression(service, originals), models(service)):
         app.include_router(router, dependencies=[Depends(tenant)])
 
     @app.get("/health")

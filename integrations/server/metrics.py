@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from ...core.conversation.turns import ShortTurns
 from ...core.types import Answer
 
 _SECONDS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
@@ -51,7 +52,7 @@ class Metrics:
             registry=self.registry,
         )
         self.original = self._counter("original_prompt_tokens", "Prompt tokens before compression.")
-        self.prompt = self._counter("prompt_tokens", "Prompt tokens that the target read.")
+        self.prompt = self._counter("prompt_tokens", "Prompt tokens that were left to read.")
         self.said = self._counter("completion_tokens", "Tokens of answers.")
         self.fallbacks = self._counter("fallbacks", "Answers from documents left whole by a fault.")
         self.refused = self._counter("refused", "Requests that were sent away with 429.")
@@ -73,6 +74,13 @@ class Metrics:
             self.fallbacks.inc()
         if answer.cache_bytes is not None:
             self.cache.set(answer.cache_bytes)
+
+    def compressed(self, found: ShortTurns) -> None:
+        """Count a conversation that was shortened for another server."""
+        self.original.inc(found.original_tokens)
+        self.prompt.inc(found.tokens)
+        if found.fallback is not None:
+            self.fallbacks.inc()
 
     def text(self) -> bytes:
         """All of them, as `/metrics` shows them."""

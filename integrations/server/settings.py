@@ -57,6 +57,10 @@ class Settings(BaseSettings):
         max_requests: Requests that are answered or wait; more are sent away with 429.
         max_body_bytes: Largest body of a request.
         max_documents: Most documents of a request.
+        originals: SQLite file of the whole texts behind shortened ones (`/v1/retrieve`); by default
+            they are kept in memory.
+        originals_bytes: Most bytes of them; those unused for longest leave first.
+        originals_seconds: How long one stays after it was last used.
         host: Address to listen at.
         port: Port to listen at; 0 for a free one.
         api_key: A key that requests must carry, as OpenAI's do.
@@ -93,6 +97,9 @@ class Settings(BaseSettings):
     max_requests: Count = 64
     max_body_bytes: Count = 8 * 1024 * 1024
     max_documents: Count = 1000
+    originals: Path | None = None
+    originals_bytes: Count = 256 * 1024 * 1024
+    originals_seconds: Seconds = 86_400.0
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
     api_key: SecretStr | None = None
