@@ -1,4 +1,4 @@
-"""LangChain retrievers: BM25, sieved by a draft, and guided by the draft's guess."""
+"""LangChain retrievers: BM25, late interaction, sieved by a draft, guided by the draft's guess."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from typing import Annotated, Any, ClassVar, Unpack
 from pydantic import ConfigDict, Field
 
 from ..core.config import SpecPC
+from ..core.specpc.stored.passage_store import PassageStore
 from ..core.types import CompressedContext, Passage
 from .bm25 import Bm25Index, Bm25Options
 from .extras import require
+from .late import LateIndex, LateOptions
 from .options import DraftOptions, SieveOptions
 from .provenance import KEY
 from .sieved import RETRIEVAL_METHOD, Mode, Order, fused, picked, reading
@@ -43,26 +45,13 @@ def shortened_copy(document: Document, text: str, kept: Mapping[str, Any]) -> Do
     return document.model_copy(update={"page_content": text, "metadata": metadata})
 
 
-class Bm25Retriever(BaseRetriever):
-    """Finds documents by the words they share with the query.
-
-    Args:
-        index: A `Bm25Index`, made here or loaded from disk.
-        k: Most documents returned; `invoke(query, k=...)` overrides it.
-    """
+class _Indexed(BaseRetriever):
+    """A retriever over an index of passages."""
 
     model_config = _STRICT
 
-    index: Bm25Index = Field(exclude=True, repr=False)
+    index: Any = Field(exclude=True, repr=False)
     k: Count = 4
-
-    @classmethod
-    def from_documents(
-        cls, documents: Sequence[Document], *, k: int = 4, **options: Unpack[Bm25Options]
-    ) -> Bm25Retriever:
-        """Index documents; options as for `Bm25Index`."""
-        passages = [Passage(d.page_content, d.id, deepcopy(d.metadata)) for d in documents]
-        return cls(index=Bm25Index(passages, **options), k=k)
 
     def _get_relevant_documents(
         self, query: str, *, run_manager: CallbackManagerForRetrieverRun, k: int | None = None
@@ -79,6 +68,56 @@ class Bm25Retriever(BaseRetriever):
             Document(passage.text, id=passage.id, metadata=deepcopy(dict(passage.metadata)))
             for passage, _ in self.index.search(query, self.k if k is None else k)
         ]
+
+
+class Bm25Retriever(_Indexed):
+    """Finds documents by the words they share with the query.
+
+    Args:
+        index: A `Bm25Index`, made here or loaded from disk.
+        k: Most documents returned; `invoke(query, k=...)` overrides it.
+    """
+
+    index: Bm25Index = Field(exclude=True, repr=False)
+
+    @classmethod
+    def from_documents(
+        cls, documents: Sequence[Document], *, k: int = 4, **options: Unpack[Bm25Options]
+    ) -> Bm25Retriever:
+        """Index documents; options as for `Bm25Index`."""
+        return cls(index=Bm25Index(_whole(documents), **options), k=k)
+
+
+class LateInteractionRetriever(_Indexed):
+    """Finds documents whose stored keys fit the query's, beside the words they share.
+
+    The draft has read the documents when they were indexed; a query costs its own tokens.
+
+    Args:
+        index: A `LateIndex`.
+        k: Most documents returned; `invoke(query, k=...)` overrides it.
+    """
+
+    index: LateIndex = Field(exclude=True, repr=False)
+
+    @classmethod
+    def from_documents(
+        cls,
+        documents: Sequence[Document],
+        store: PassageStore,
+        *,
+        k: int = 4,
+        **options: Unpack[LateOptions],
+    ) -> LateInteractionRetriever:
+        """Index documents, which are read into the store where it lacks them; options as for
+        `LateIndex`.
+        """
+        return cls(index=LateIndex(_whole(documents), store, **options), k=k)
+
+
+def _whole(documents: Iterable[Document]) -> list[Passage]:
+    """Documents as passages, metadata and all."""
+    return [Passage(d.page_content, d.id, deepcopy(d.metadata)) for d in documents]
 
 
 class _Around(BaseRetriever):

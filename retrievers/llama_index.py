@@ -1,4 +1,4 @@
-"""LlamaIndex retrievers: BM25, sieved by a draft, and guided by the draft's guess."""
+"""LlamaIndex retrievers: BM25, late interaction, sieved by a draft, and by the draft's guess."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from typing import Any, ClassVar, Unpack
 
 from ..core.config import AnyEmbedder, SpecPC
 from ..core.errors import ConfigError
+from ..core.specpc.stored.passage_store import PassageStore
 from ..core.types import CompressedContext, Passage
 from .bm25 import Bm25Index, Bm25Options
 from .extras import require
+from .late import LateIndex, LateOptions
 from .options import DraftArguments, DraftOptions, SieveOptions
 from .provenance import KEY
 from .sieved import RETRIEVAL_METHOD, Mode, Order, fused, picked, reading
@@ -62,7 +64,30 @@ def shortened_copy(node: BaseNode, text: str, kept: Mapping[str, Any]) -> BaseNo
     return own
 
 
-class Bm25Retriever(BaseRetriever):
+class _Indexed(BaseRetriever):
+    """A retriever over an index of passages, which become text nodes."""
+
+    def __init__(
+        self,
+        index: Any,
+        *,
+        similarity_top_k: int = 4,
+        callback_manager: CallbackManager | None = None,
+    ) -> None:
+        super().__init__(callback_manager=callback_manager)
+        self.index, self.similarity_top_k = index, similarity_top_k
+
+    def _retrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
+        return [
+            NodeWithScore(node=_text_node(passage), score=score)
+            for passage, score in self.index.search(query_bundle.query_str, self.similarity_top_k)
+        ]
+
+    async def _aretrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
+        return await asyncio.to_thread(self._retrieve, query_bundle)
+
+
+class Bm25Retriever(_Indexed):
     """Finds nodes by the words they share with the query.
 
     Args:
@@ -71,15 +96,7 @@ class Bm25Retriever(BaseRetriever):
         callback_manager: LlamaIndex's.
     """
 
-    def __init__(
-        self,
-        index: Bm25Index,
-        *,
-        similarity_top_k: int = 4,
-        callback_manager: CallbackManager | None = None,
-    ) -> None:
-        super().__init__(callback_manager=callback_manager)
-        self.index, self.similarity_top_k = index, similarity_top_k
+    index: Bm25Index
 
     @classmethod
     def from_nodes(
@@ -90,20 +107,35 @@ class Bm25Retriever(BaseRetriever):
         **options: Unpack[Bm25Options],
     ) -> Bm25Retriever:
         """Index the texts of nodes; options as for `Bm25Index`."""
-        passages = [
-            Passage(n.get_content(MetadataMode.NONE), n.node_id, deepcopy(n.metadata))
-            for n in nodes
-        ]
-        return cls(Bm25Index(passages, **options), similarity_top_k=similarity_top_k)
+        return cls(Bm25Index(_whole(nodes), **options), similarity_top_k=similarity_top_k)
 
-    def _retrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
-        return [
-            NodeWithScore(node=_text_node(passage), score=score)
-            for passage, score in self.index.search(query_bundle.query_str, self.similarity_top_k)
-        ]
 
-    async def _aretrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
-        return await asyncio.to_thread(self._retrieve, query_bundle)
+class LateInteractionRetriever(_Indexed):
+    """Finds nodes whose stored keys fit the query's, beside the words they share.
+
+    The draft has read the nodes' texts when they were indexed; a query costs its own tokens.
+
+    Args:
+        index: A `LateIndex`; its passages become text nodes.
+        similarity_top_k: Most nodes returned.
+        callback_manager: LlamaIndex's.
+    """
+
+    index: LateIndex
+
+    @classmethod
+    def from_nodes(
+        cls,
+        nodes: Sequence[BaseNode],
+        store: PassageStore,
+        *,
+        similarity_top_k: int = 4,
+        **options: Unpack[LateOptions],
+    ) -> LateInteractionRetriever:
+        """Index the texts of nodes, which are read into the store where it lacks them; options as
+        for `LateIndex`.
+        """
+        return cls(LateIndex(_whole(nodes), store, **options), similarity_top_k=similarity_top_k)
 
 
 class RetrieverOptions(SieveOptions):
@@ -258,6 +290,13 @@ def _fetching(retriever: BaseRetriever, count: int) -> BaseRetriever:
     changed.similarity_top_k = count
     own: BaseRetriever = changed
     return own
+
+
+def _whole(nodes: Iterable[BaseNode]) -> list[Passage]:
+    """Nodes as passages, metadata and all."""
+    return [
+        Passage(n.get_content(MetadataMode.NONE), n.node_id, deepcopy(n.metadata)) for n in nodes
+    ]
 
 
 def _text_node(passage: Passage) -> TextNode:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -74,10 +74,7 @@ class HeadWeights(TensorValue):
         """Whether a draft is the one that they were learned for, in this or another precision."""
         if self.weights == fingerprint(model):
             return True
-        own = norms_of(model)
-        pairs = zip(self.family, own, strict=False)
-        alike = all(abs(a - b) <= _ALIKE * max(abs(a), abs(b), 1e-3) for a, b in pairs)
-        return bool(self.family) and len(self.family) == len(own) and alike
+        return alike_norms(self.family, norms_of(model))
 
     def save(self, path: str | Path) -> Path:
         """Write the weights as JSON."""
@@ -126,6 +123,13 @@ def norms_of(model: PreTrainedModel) -> tuple[float, ...]:
     named = model.named_parameters()
     norms = [weight for name, weight in named if weight.dim() == 1 and "norm" in name]
     return tuple(round(float(weight.detach().float().mean()), 5) for weight in norms)
+
+
+def alike_norms(family: Sequence[float], own: Sequence[float]) -> bool:
+    """Whether two `norms_of` are of one model, whatever its precision."""
+    pairs = zip(family, own, strict=False)
+    alike = all(abs(a - b) <= _ALIKE * max(abs(a), abs(b), 1e-3) for a, b in pairs)
+    return bool(family) and len(family) == len(own) and alike
 
 
 def weights_path(model: PreTrainedModel, source: str | Path) -> Path:

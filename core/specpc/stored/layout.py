@@ -13,6 +13,7 @@ from ...errors import ConfigError
 from ...kv_cache.layers import require_full_attention
 from ...store.codec import Codec
 from ..head_weights import AUTO, CALIBRATED, HeadWeights, head_weights, settled
+from .late_heads import late_heads
 
 Tier = Literal["cache", "keys"]
 Layers = Literal["heads", "all"]
@@ -75,13 +76,16 @@ def layout_of(
     weights = _weights(model)
     last = count - 1 if weights is None or layers == "all" else weights.last_layer
     if tier == "keys":
-        if weights is None:
+        late = late_heads(model)
+        if weights is None and late is None:
             raise ConfigError(
                 'tier="keys" keeps the keys of heads that count, but none are known for this '
                 'draft: run `draftsieve calibrate`, or use tier="cache".'
             )
         group = config.num_attention_heads // heads
-        found = {(int(la), int(h) // group) for la, h in weights.heads.nonzero()}
+        found = set() if late is None else set(late.stored(model))
+        if weights is not None:
+            found |= {(int(la), int(h) // group) for la, h in weights.heads.nonzero()}
         return Layout(tuple(sorted(found)), (), heads, codec)
     if not 0 <= first_layer < max(1, last):
         raise ConfigError(

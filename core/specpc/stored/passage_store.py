@@ -287,7 +287,7 @@ class PassageStore:
             remember: Keep passages that had to be read now.
         """
         texts = [passage.text for passage in prompt.passages]
-        entries = self._entries(texts, remember)
+        entries = self.entries(texts, remember)
         asked = method.embedder and embedder.load_embedder(method.embedder)
         if self.vectors is not None and asked is self.vectors.embedder:
             known = self.vectors.known([digest(text) for text in texts], texts)
@@ -307,8 +307,13 @@ class PassageStore:
             self._beginning = Beginning(tuple(full_states(cache)))
         return self._beginning
 
-    def _entries(self, texts: Sequence[str], remember: bool) -> list[Entry | None]:
-        """What is stored of each text, or read now; None for those without tokens."""
+    def entries(self, texts: Sequence[str], remember: bool) -> list[Entry | None]:
+        """What is stored of each text, or read now; None for those without tokens.
+
+        Args:
+            texts: Of passages.
+            remember: Keep those that had to be read now.
+        """
         names = [digest(text) for text in texts]
         known = self.shards.get(list(dict.fromkeys(names)))
         missing = {n: t for n, t in zip(names, texts, strict=True) if n not in known}
