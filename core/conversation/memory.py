@@ -30,10 +30,10 @@ class TurnMemory:
     def keys(self, question: str, turns: Sequence[Turn], places: Sequence[int]) -> list[bytes]:
         """Under which keys the turns at some places are remembered."""
         if not self._stable:
-            return [_digest([question, turns[i].text, turns[i].note]) for i in places]
+            return [digest([question, turns[i].text, turns[i].note]) for i in places]
         chain, ends = b"", []
         for turn in turns:
-            chain = _digest([chain.hex(), turn.text])
+            chain = digest([chain.hex(), turn.text])
             ends.append(chain)
         return [ends[i] for i in places]
 
@@ -53,7 +53,8 @@ class TurnMemory:
                 self._forms.popitem(last=False)
 
 
-def _digest(texts: Sequence[str]) -> bytes:
+def digest(texts: Sequence[str]) -> bytes:
+    """SHA-256 of texts, told apart."""
     sha = hashlib.sha256()
     for text in texts:
         raw = text.encode("utf-8", "surrogatepass")

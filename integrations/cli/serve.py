@@ -21,6 +21,7 @@ examples:
   draftsieve serve
   draftsieve serve --target Qwen/Qwen3-4B --draft Qwen/Qwen3-0.6B --ratio 0.25
   DRAFTSIEVE_API_KEY=... draftsieve serve --host 0.0.0.0
+  draftsieve serve --upstream http://localhost:8080 --draft smollm2-135m --ratio 0.3
   draftsieve serve --print-config > server.toml
 """
 _METHOD = ("method", "ratio", "capacity", "preset")
@@ -43,6 +44,11 @@ def add_serve(commands: Any) -> None:
     budget.add_argument("--capacity", type=count, metavar="N", help="a size in place of a share")
     method.add_argument("--preset", metavar="NAME", help="which options it has")
     own = line.add_argument_group("server")
+    own.add_argument(
+        "--upstream",
+        metavar="URL",
+        help="be a proxy in front of this OpenAI-compatible server, which answers",
+    )
     own.add_argument("--config", type=known_file, metavar="FILE", help="settings as TOML")
     own.add_argument("--host", metavar="ADDRESS", help="(default: 127.0.0.1)")
     own.add_argument("--port", type=int, metavar="N", help="0 for a free one (default: 8000)")
@@ -96,5 +102,8 @@ def _given(arguments: argparse.Namespace) -> dict[str, Any]:
 def _with_models(settings: Settings, arguments: argparse.Namespace) -> Settings:
     """Name the models that nobody named, as other commands do."""
     arguments.target, arguments.draft = settings.target, settings.draft
+    if settings.upstream is not None:
+        choose_models(arguments, "draft")
+        return settings.model_copy(update={"draft": arguments.draft})
     choose_models(arguments, "target", "draft")
     return settings.model_copy(update={"target": arguments.target, "draft": arguments.draft})

@@ -17,6 +17,7 @@ from .errors import add_error_handlers
 from .logs import log
 from .models import models
 from .originals import Originals
+from .proxy import create_proxy
 from .service import Service
 from .settings import Settings
 from .watching import Watching, record_of
@@ -26,7 +27,8 @@ def create_app(settings: Settings | None = None, engine: Engine | None = None) -
     """Build the app. Its models are loaded when it starts; `/ready` says when they are there.
 
     Args:
-        settings: None for those of the environment.
+        settings: None for those of the environment. With an upstream the app is a proxy in front
+            of it.
         engine: A loaded engine, instead of the settings' models.
 
     Returns:
@@ -36,10 +38,14 @@ def create_app(settings: Settings | None = None, engine: Engine | None = None) -
         ModelNotFoundError: There is no such model.
         ConfigError: An option is invalid.
     """
-    service = Service(settings or Settings(), engine)
-    own = service.settings
+    settings = settings or Settings()
+    if settings.upstream is not None:
+        return create_proxy(settings)
+    service = Service(settings, engine)
     originals = Originals(
-        own.originals, max_bytes=own.originals_bytes, max_seconds=own.originals_seconds
+        settings.originals,
+        max_bytes=settings.originals_bytes,
+        max_seconds=settings.originals_seconds,
     )
 
     @asynccontextmanager

@@ -82,6 +82,11 @@ class Metrics:
         if found.fallback is not None:
             self.fallbacks.inc()
 
+    def sent_on(self, original: int, tokens: int) -> None:
+        """Count what a proxy has shortened, in draft tokens."""
+        self.original.inc(original)
+        self.prompt.inc(tokens)
+
     def text(self) -> bytes:
         """All of them, as `/metrics` shows them."""
         return generate_latest(self.registry)

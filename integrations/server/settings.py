@@ -46,6 +46,11 @@ class Settings(BaseSettings):
         template_options: Passed to the chat templates.
         store: Folder of documents that the draft has read before (`draftsieve index`); no request
             adds to it.
+        upstream: Address of a server that speaks OpenAI's interface: requests go on to it with
+            shorter documents and tool results, and no target is loaded. Clients' own keys go to it;
+            ours, if there are some, come as `x-draftsieve-key`.
+        upstream_tokens: Most tokens that the upstream reads; None if that is not known.
+        min_tokens: Shorter texts go on to the upstream whole.
         model_names: Names that requests may call the target, beside its own; "*" for any.
         method: How documents are compressed where a request says nothing, in the form of its
             `draftsieve` object, such as {"method": "specpc", "ratio": 0.35}.
@@ -89,6 +94,9 @@ class Settings(BaseSettings):
     dtype: str = "auto"
     template_options: dict[str, Any] | None = None
     store: Path | None = None
+    upstream: str | None = None
+    upstream_tokens: Count | None = None
+    min_tokens: Annotated[int, Field(ge=0)] = 64
     model_names: tuple[str, ...] = ()
     method: Extension = Extension()
     max_tokens: Count = 512
@@ -142,6 +150,16 @@ class Settings(BaseSettings):
                 f"host={self.host!r} lets other machines in, and there is no API key: set "
                 "DRAFTSIEVE_API_KEY, listen at 127.0.0.1, or allow it with --public-without-key."
             )
+        return self
+
+    @model_validator(mode="after")
+    def _upstream(self) -> Settings:
+        if self.upstream is not None and not self.upstream.startswith(("http://", "https://")):
+            raise ValueError(
+                f"upstream={self.upstream!r} is no address: give one such as http://localhost:8080."
+            )
+        if self.upstream is not None and self.target is not None:
+            raise ValueError("The upstream answers, so there can be no target: leave it out.")
         return self
 
     @property

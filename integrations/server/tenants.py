@@ -19,9 +19,11 @@ class Tenants:
 
     Args:
         keys: By the names of their tenants; without any everybody is one tenant.
+        header: A header that holds nothing but the key; None for OpenAI's `Authorization`.
     """
 
-    def __init__(self, keys: Mapping[str, SecretStr]) -> None:
+    def __init__(self, keys: Mapping[str, SecretStr], header: str | None = None) -> None:
+        self._header = header
         self._digests = {name: _digest(key.get_secret_value()) for name, key in keys.items()}
 
     def of(self, request: Request) -> str:
@@ -32,13 +34,17 @@ class Tenants:
         """
         if not self._digests:
             return NOBODY
-        kind, _, key = request.headers.get("authorization", "").partition(" ")
-        given = _digest(key.strip() if kind.lower() == "bearer" else "")
+        if self._header is not None:
+            given = _digest(request.headers.get(self._header, ""))
+        else:
+            kind, _, key = request.headers.get("authorization", "").partition(" ")
+            given = _digest(key.strip() if kind.lower() == "bearer" else "")
         found = [name for name, known in self._digests.items() if hmac.compare_digest(known, given)]
         if not found:
             raise ApiError(
                 401,
-                "The API key is missing or unknown: send it as `Authorization: Bearer KEY`.",
+                "The API key is missing or unknown: send it as "
+                f"`{self._header or 'Authorization: Bearer'} KEY`.",
                 code="invalid_api_key",
                 headers={"WWW-Authenticate": "Bearer"},
             )
