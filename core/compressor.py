@@ -269,6 +269,9 @@ class Compressor:
     def guess(self, prompt: Prompt, tokens: int) -> torch.Tensor:
         """The draft's greedy answer to a prompt, (guessed,) int64 ids of the draft's tokenizer.
 
+        A store that holds all layers of all of its passages answers one question with the default
+        system text; any other prompt is read.
+
         Args:
             prompt: Messages and passages.
             tokens: Most tokens of the answer.
@@ -276,7 +279,10 @@ class Compressor:
         Raises:
             PromptError: The prompt exceeds the draft's window.
         """
-        return self.draft.guess([self.encoder.encode(prompt)], [tokens])[0]
+        encoded, store = self.encoder.encode(prompt), self.draft.store
+        if store is not None and store.guesses(prompt) and store.frame.begins(encoded):
+            return store.guess(prompt, tokens)
+        return self.draft.guess([encoded], [tokens])[0]
 
     def guess_answer(
         self,

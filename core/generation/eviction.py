@@ -144,16 +144,45 @@ def new_guesses(
 ) -> list[torch.Tensor]:
     """The draft's answers to what the target reads, (guessed,) int64 each in the target's tokens.
 
+    From a store with all layers and all passages of a prompt it answers the whole prompt, without
+    reading it and with the default system text; another prompt is read.
+
     Args:
         pair: Target and draft.
         requests: With the target's tokens.
         method: Says how long a guess may be; None for as long as the answer.
     """
+    limits = [_longest(method, request.generation) for request in requests]
+    found = _stored_guesses(pair, requests, limits)
+    new = [place for place in range(len(requests)) if place not in found]
+    if new:
+        made = _read_guesses(pair, [requests[n] for n in new], [limits[n] for n in new])
+        found.update(zip(new, made, strict=True))
+    return [pair.translated(found[place]) for place in range(len(requests))]
+
+
+def _stored_guesses(
+    pair: Pair, requests: Sequence[Request], limits: Sequence[int]
+) -> dict[int, torch.Tensor]:
+    """(guessed,) int64 of the draft's tokens, for the requests that its store answers."""
+    store = pair.need_draft().store
+    if store is None or requests[0].memories is not None:
+        return {}
+    return {
+        place: store.guess(request.prompt, limit)
+        for place, (request, limit) in enumerate(zip(requests, limits, strict=True))
+        if store.guesses(request.prompt)
+    }
+
+
+def _read_guesses(
+    pair: Pair, requests: Sequence[Request], limits: Sequence[int]
+) -> list[torch.Tensor]:
+    """(guessed,) int64 each of the draft's tokens; the prompts are read as a batch."""
     draft, memories = pair.need_draft(), requests[0].memories
     same, memory = pair.same_prompts, None if memories is None else memories.draft
     prompts = [r.tokens if same else draft.encoder.encode(r.shorter) for r in requests]
-    limits = [_longest(method, request.generation) for request in requests]
-    return [pair.translated(guess) for guess in draft.guess(prompts, limits, memory)]
+    return draft.guess(prompts, limits, memory)
 
 
 def _guesses(pair: Pair, requests: Sequence[Request], method: SpecKV) -> list[torch.Tensor]:

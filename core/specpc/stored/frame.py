@@ -65,6 +65,10 @@ class Frame:
         places = (segment == int(Segment.QUESTION)).nonzero().squeeze(1)
         return Tail(tokens.ids[behind:], segment, places)
 
+    def begins(self, tokens: PromptTokens) -> bool:
+        """Whether a prompt's tokens begin as the passages of a store do."""
+        return torch.equal(tokens.ids[: len(self.ids)], self.ids)
+
     def passage(self, text: str) -> tuple[torch.Tensor, torch.Tensor]:
         """A passage's (tokens,) int64 ids and (tokens, 2) int32 characters; both may be empty."""
         ids, bounds = self.encoder.encode_text(text), self.encoder.offsets(text)

@@ -47,6 +47,11 @@ class Layout:
         """The last layer of which anything is stored."""
         return self.keys[-1][0]
 
+    @property
+    def whole(self) -> bool:
+        """Whether it is the draft's whole cache, so that answers can be written from it."""
+        return self.keys == self.values and self.keys[0][0] == 0
+
 
 def _range(places: Sequence[tuple[int, int]], layer: int) -> slice:
     found = [place for place, (its, _) in enumerate(places) if its == layer]

@@ -37,7 +37,9 @@ from ...types import DraftReading, Passage
 from ..apart import read_blocks
 from ..draft import DraftModel
 from .frame import Frame
+from .guessing import asks_once, guess_stored
 from .layout import Layers, Layout, Tier, layout_of, settled_for
+from .moving import can_move
 from .reading import Beginning, read_stored
 from .vectors import PROBE, StoredVectors, has_vectors, vectors_in
 
@@ -77,6 +79,7 @@ class PassageStore:
                 f"({begin} tokens) and a question ({ASKING}): choose another draft."
             )
         self._beginning: Beginning | None = None
+        self._movable: bool | None = None
 
     @classmethod
     def open(
@@ -297,6 +300,39 @@ class PassageStore:
             model, self.beginning(), self.layout, entries, tail, tokens, method, texts, self.piece
         )
 
+    def guesses(self, prompt: Prompt) -> bool:
+        """Whether `guess` reads nothing but a prompt's question: no conversation and no tools are
+        in it, all of its passages are here, and so is every layer.
+        """
+        names = {digest(passage.text) for passage in prompt.passages if passage.text.strip()}
+        asked = bool(names) and self.layout.whole and asks_once(prompt)
+        return asked and self.shards.has(list(names)) == names
+
+    def guess(self, prompt: Prompt, tokens: int, *, moved: bool = True) -> torch.Tensor:
+        """The draft's greedy answer to a prompt's question over its passages, read apart.
+
+        It is asked as passages are read for the store: behind the default system text.
+
+        Args:
+            prompt: Whose question is asked; passages that are not here are read now.
+            tokens: Most tokens of the answer; an end token stops and is included.
+            moved: Let passages stand behind each other, where the draft has plain rotary embeddings
+                and its window holds them; False leaves all where they were read, at the beginning.
+
+        Returns:
+            (guessed,) int64, the draft's ids.
+
+        Raises:
+            ConfigError: The store lacks layers.
+            PromptError: The question exceeds the draft's window.
+        """
+        texts = [passage.text for passage in prompt.passages]
+        model, begin, tail = self.draft.model, self.beginning(), self.frame.tail(prompt.question)
+        with explain_out_of_memory("guessing an answer from stored passages", draft=model):
+            entries = self.entries(texts, False) if self.layout.whole else ()
+            moved = moved and self.can_move()
+            return guess_stored(model, begin, self.layout, entries, tail, tokens, self.piece, moved)
+
     def beginning(self) -> Beginning:
         """What the draft makes of the fixed beginning; read once."""
         if self._beginning is None:
@@ -306,6 +342,12 @@ class PassageStore:
                 self.draft.model.get_decoder()(input_ids=ids, past_key_values=cache, use_cache=True)
             self._beginning = Beginning(tuple(full_states(cache)))
         return self._beginning
+
+    def can_move(self) -> bool:
+        """Whether stored passages can stand at other positions than they were read at."""
+        if self._movable is None:
+            self._movable = can_move(self.draft.model, self.frame.ids, self.beginning())
+        return self._movable
 
     def entries(self, texts: Sequence[str], remember: bool) -> list[Entry | None]:
         """What is stored of each text, or read now; None for those without tokens.

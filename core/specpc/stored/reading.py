@@ -100,7 +100,7 @@ def read_stored(
         texts: Of the passages.
         piece: Most tokens of a passage that were read at once.
     """
-    stored, source = _joined(entries), method.head_weights
+    stored, source = joined(entries), method.head_weights
     heads = None if source is None else head_weights(model, source)
     size = beginning.tokens + sum(stored.lengths) + len(tail.ids)
     window = min(method.window_size, method.capacity or size, len(tail.ids))
@@ -268,7 +268,7 @@ class _Between:
         return out.to(own.device)
 
 
-def _joined(entries: Sequence[Entry | None]) -> StoredTokens:
+def joined(entries: Sequence[Entry | None]) -> StoredTokens:
     """Stored passages behind each other."""
     full = [entry for entry in entries if entry is not None]
     lengths = tuple(0 if entry is None else entry.rows for entry in entries)
