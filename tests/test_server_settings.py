@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tomllib
@@ -23,6 +25,7 @@ from draftsieve.integrations.cli import main
 from draftsieve.integrations.server import Settings, create_app, read_settings
 from draftsieve.integrations.server.extension import Extension, method_of
 
+from .adapters_fixtures import BUILTIN
 from .served import wait_for
 
 
@@ -140,6 +143,44 @@ def test_print_config_is_a_file_of_the_same_settings(
 def test_the_command_says_what_is_wrong(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["serve", "--host", "0.0.0.0"]) == 2
     assert "lets other machines in" in capsys.readouterr().err
+
+
+def test_a_place_that_is_taken(capsys: pytest.CaptureFixture[str]) -> None:
+    models = ["--target", "builtin:target", "--draft", "builtin:draft"]
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert main(["serve", *models, "--port", str(port)]) == 1
+    assert f"cannot listen at 127.0.0.1:{port}" in capsys.readouterr().err
+
+
+def test_models_that_cannot_be_loaded_end_the_server(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Their folder is there, so it shows only while they are loaded."""
+    shutil.copytree(BUILTIN / "target", tmp_path / "broken")
+    (tmp_path / "broken" / "model.safetensors").write_bytes(b"no weights")
+    models = ["--target", str(tmp_path / "broken"), "--draft", "builtin:draft"]
+    assert main(["serve", *models, "--port", "0"]) == 1
+    told = capsys.readouterr().err
+    assert '"event": "listening"' in told
+    assert "draftsieve: error: " in told
+
+
+async def test_before_the_models_are_there() -> None:
+    app = create_app(Settings(target="builtin:target", draft="builtin:draft"))
+    place = httpx.ASGITransport(app)  # it does not start the app, so nothing is loaded
+    async with httpx.AsyncClient(transport=place, base_url="http://a") as web:
+        assert (await web.get("/health")).status_code == 200
+        body = {"messages": [{"role": "user", "content": "Hello"}]}
+        for answer in (
+            await web.get("/ready"),
+            await web.post("/v1/chat/completions", json=body),
+            await web.post("/v1/compress", json=body),
+            await web.get("/v1/models"),
+        ):
+            assert answer.status_code == 503
+            assert answer.headers["retry-after"] == "5"
+            assert answer.json()["error"]["code"] == "not_ready"
 
 
 @pytest.fixture

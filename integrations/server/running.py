@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 
 import uvicorn
 
@@ -44,10 +45,24 @@ def serve(settings: Settings) -> None:
         server_header=False,
         timeout_graceful_shutdown=settings.shutdown_seconds,
     )
-    with logging_lines(settings.log_format):
-        sockets = [config.bind_socket()]
-        host, port = sockets[0].getsockname()[:2]
-        log("listening", url=f"http://{host}:{port}", target=settings.target, draft=settings.draft)
-        asyncio.run(Server(config, service).serve(sockets))
+    with logging_lines(settings.log_format), _listening(settings.host, settings.port) as place:
+        url = f"http://{_shown(settings.host)}:{place.getsockname()[1]}"
+        log("listening", url=url, target=settings.target, draft=settings.draft)
+        asyncio.run(Server(config, service).serve([place]))
     if service.failure is not None:
         raise service.failure
+
+
+def _listening(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except OSError as error:
+        raise OSError(
+            f"The server cannot listen at {_shown(host)}:{port} ({error}): give another --host or "
+            "--port, or end what listens there."
+        ) from error
+
+
+def _shown(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
