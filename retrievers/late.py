@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,9 +15,11 @@ from ..core.specpc.bm25 import Bm25
 from ..core.specpc.stored.late import (
     BEHIND,
     best_matches,
+    filled,
     late_scores,
     passage_vectors,
     question_vectors,
+    rarity,
     standard,
 )
 from ..core.specpc.stored.late_heads import LateHeads, late_heads
@@ -146,8 +147,8 @@ class LateIndex:
             return scores
         places = torch.cat([places for places, _ in found])
         matches = torch.cat([matches for _, matches in found], -1)
-        rarity = torch.tensor([self._rarity(token) for token in tail.ids[tail.question]])
-        total = late_scores(self._heads, matches, rarity)
+        held = [self._holders[self._word(token)] for token in tail.ids[tail.question]]
+        total = late_scores(self._heads, matches, rarity(held, len(self._passages)))
         if words is not None and self._lexical_weight:
             total = total + self._lexical_weight * standard(words[places].float())
         scores[places] = total
@@ -170,11 +171,6 @@ class LateIndex:
                 )
         bar.close()
 
-    def _rarity(self, token: torch.Tensor) -> float:
-        """Lucene's inverse document frequency, as in `core/specpc/bm25.py`."""
-        held = self._holders[self._word(token)]
-        return math.log(1 + (len(self._passages) - held + 0.5) / (held + 0.5))
-
     def _word(self, token: torch.Tensor) -> str:
         """A token whatever its case, and whether a space stands in front of it."""
         number = int(token)
@@ -192,15 +188,10 @@ def _grouped(vectors: Iterator[torch.Tensor | None]) -> Iterator[_Group]:
         while end < len(order) and (end - start + 1) * len(found[order[end]]) <= _AT_ONCE:
             end += 1
         places, longest = order[start:end], len(found[order[end - 1]])
-        filled = [_filled(found.pop(place), longest) for place in places]
-        tokens = torch.stack(filled).permute(2, 0, 1).contiguous()
+        stacked = torch.stack([filled(found.pop(place), longest) for place in places])
+        tokens = stacked.permute(2, 0, 1).contiguous()
         yield _Group(torch.tensor(places), tokens)
         start = end
-
-
-def _filled(tokens: torch.Tensor, longest: int) -> torch.Tensor:
-    """As many tokens as wanted: the first one again and again, which changes no maximum."""
-    return torch.cat([tokens, tokens[:1].expand(longest - len(tokens), -1)])
 
 
 def _compared(

@@ -38,7 +38,7 @@ def _compressor(seed: int = 1, **options: Any) -> Compressor:
 
 
 def _store(draft: Compressor, codec: Codec = "float16", texts: Any = TEXTS) -> PassageStore:
-    store = PassageStore.open(":memory:", draft, codec=codec, layers="all")
+    store = PassageStore.open(":memory:", draft, codec=codec, layers="all", for_guesses=True)
     store.add(texts)
     return store
 
@@ -181,7 +181,7 @@ def _without_positions(forward: Any, *args: Any, **kwargs: Any) -> Any:
 
 def test_a_store_that_lacks_layers_says_so() -> None:
     draft = _compressor()
-    store = PassageStore.open(":memory:", draft, first_layer=1)
+    store = PassageStore.open(":memory:", draft, first_layer=1, for_guesses=True)
     store.add(TEXTS)
     assert not store.guesses(PROMPT)
     with pytest.raises(ConfigError, match="first_layer=0"):
@@ -225,7 +225,7 @@ def test_other_prompts_are_read(case: str) -> None:
     if case == "unknown passage":
         store = _store(draft, texts=TEXTS[1:])
     elif case == "no layers":
-        store = PassageStore.open(":memory:", draft, first_layer=1)
+        store = PassageStore.open(":memory:", draft, first_layer=1, for_guesses=True)
         store.add(TEXTS)
     elif case == "no store":
         store = None

@@ -8,6 +8,9 @@ counts the best match (MaxSim: ColBERT, arXiv 2004.12832), the rarer among the p
 
 from __future__ import annotations
 
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -129,6 +132,64 @@ def best_matches(heads: LateHeads, asked: torch.Tensor, tokens: torch.Tensor) ->
     shape = len(asked), *tokens.shape[1:]
     found = [(asked[:, part] @ tokens[part].flatten(1)).view(shape) for part in _parts(heads)]
     return torch.stack([each.amax(-1) for each in found])
+
+
+def passages_fit(
+    model: PreTrainedModel,
+    heads: LateHeads,
+    layout: Layout,
+    beginning: Beginning,
+    entries: Sequence[Entry | None],
+    tail: Tail,
+    words: Callable[[torch.Tensor], list[str]],
+    ids: Sequence[torch.Tensor],
+    piece: int,
+) -> torch.Tensor:
+    """How well the passages of a prompt fit its question, beside each other.
+
+    Args:
+        model: The draft.
+        heads: Which heads.
+        layout: Of the store.
+        beginning: What the draft makes of the fixed beginning.
+        entries: What is stored of each passage; None for those without tokens.
+        tail: The question and what stands around it.
+        words: What tokens say, case folded.
+        ids: (tokens,) int64 of each passage.
+        piece: Most tokens of a piece of a passage.
+
+    Returns:
+        (passages,) float32, standard deviations from their mean; -inf for those without tokens.
+    """
+    found = torch.full((len(entries),), -torch.inf)
+    full = [(at, entry) for at, entry in enumerate(entries) if entry is not None]
+    if not full:
+        return found
+    begin = beginning.tokens
+    vectors = [passage_vectors(model, heads, layout, each, begin, piece) for _, each in full]
+    longest = max(map(len, vectors))
+    tokens = torch.stack([filled(own, longest) for own in vectors]).permute(2, 0, 1)
+    asked = question_vectors(model, heads, beginning, tail, min(BEHIND, piece))
+    held = Counter(word for at, _ in full for word in set(words(ids[at])))
+    said = [held[word] for word in words(tail.ids[tail.question])]
+    scores = late_scores(heads, best_matches(heads, asked, tokens), rarity(said, len(full)))
+    found[[at for at, _ in full]] = scores
+    return found
+
+
+def rarity(held: Sequence[int], passages: int) -> torch.Tensor:
+    """(tokens,) float32: Lucene's inverse document frequency, as in `../bm25.py`.
+
+    Args:
+        held: How many passages hold each token.
+        passages: How many there are.
+    """
+    return torch.tensor([math.log(1 + (passages - n + 0.5) / (n + 0.5)) for n in held])
+
+
+def filled(tokens: torch.Tensor, longest: int) -> torch.Tensor:
+    """As many tokens as wanted: the first one again and again, which changes no maximum."""
+    return torch.cat([tokens, tokens[:1].expand(longest - len(tokens), -1)])
 
 
 def late_scores(heads: LateHeads, matches: torch.Tensor, rarity: torch.Tensor) -> torch.Tensor:

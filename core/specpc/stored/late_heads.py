@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from transformers import PreTrainedModel
@@ -17,6 +18,9 @@ from ...types import TensorValue
 from ..head_weights import alike_norms, norms_of
 
 SHIPPED = Path(__file__).parents[1] / "late_heads"
+
+
+_KNOWN: WeakKeyDictionary[PreTrainedModel, LateHeads | None] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -65,8 +69,9 @@ class LateHeads(TensorValue):
 
 def late_heads(model: PreTrainedModel) -> LateHeads | None:
     """The heads that the package knows of a draft, in whatever precision; None for others."""
-    for path in sorted(SHIPPED.glob("*.json")):
-        found = LateHeads.load(path)
-        if found.weights == fingerprint(model) or alike_norms(found.family, norms_of(model)):
-            return found
-    return None
+    if model not in _KNOWN:
+        shipped = map(LateHeads.load, sorted(SHIPPED.glob("*.json")))
+        own, norms = fingerprint(model), norms_of(model)
+        fit = (each for each in shipped if each.weights == own or alike_norms(each.family, norms))
+        _KNOWN[model] = next(fit, None)
+    return _KNOWN[model]

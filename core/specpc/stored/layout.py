@@ -13,7 +13,7 @@ from ...errors import ConfigError
 from ...kv_cache.layers import require_full_attention
 from ...store.codec import Codec
 from ..head_weights import AUTO, CALIBRATED, HeadWeights, head_weights, settled
-from .late_heads import late_heads
+from .late_heads import LateHeads, late_heads
 
 Tier = Literal["cache", "keys"]
 Layers = Literal["heads", "all"]
@@ -41,6 +41,16 @@ class Layout:
     def value_range(self, layer: int) -> slice:
         """The places of a layer's values."""
         return _range(self.values, layer)
+
+    @property
+    def reaches_top(self) -> bool:
+        """Whether the question sees the passages up to the last layer."""
+        return bool(self.values) and self.values[-1] == self.keys[-1]
+
+    def late(self, model: PreTrainedModel) -> LateHeads | None:
+        """The heads in which a draft's question can be compared with what is stored."""
+        heads = late_heads(model)
+        return heads if heads is not None and {*heads.stored(model)} <= {*self.keys} else None
 
     @property
     def last_layer(self) -> int:
@@ -97,10 +107,12 @@ def layout_of(
             f"first_layer={first_layer}, but the last layer that counts is {last}: choose one from "
             f"0 to {max(0, last - 1)}."
         )
-    keys = tuple((la, h) for la in range(first_layer, last + 1) for h in range(heads))
+    known = late_heads(model)
+    compared = set() if known is None else set(known.stored(model))
+    keys = {(la, h) for la in range(first_layer, last + 1) for h in range(heads)} | compared
     needed = last + 1 if last == count - 1 else last  # of the last layer only queries and keys
     values = tuple((la, h) for la in range(first_layer, needed) for h in range(heads))
-    return Layout(keys, values, heads, codec)
+    return Layout(tuple(sorted(keys)), values, heads, codec)
 
 
 def _weights(model: PreTrainedModel) -> HeadWeights | None:
@@ -131,8 +143,13 @@ def settled_for(
             "A store holds passages that were read apart, but this method reads them together: "
             "set passages_apart=True and lookahead_tokens=1, or use a draft without a store."
         )
-    whole = bool(layout.values) and layout.values[-1] == layout.keys[-1]
-    if found.likelihood_weight and not whole:
+    whole = layout.reaches_top
+    if found.likelihood_weight and not whole and layout.late(model) is not None:
+        note = (
+            f"likelihood_weight={found.likelihood_weight} weighs how well question and passages "
+            "fit by late interaction: the store lacks the layers for the likelihood."
+        )
+    elif found.likelihood_weight and not whole:
         note = (
             f"likelihood_weight={found.likelihood_weight} has no effect: the store lacks the "
             'layers for it. Open a new one with layers="all" to have it.'

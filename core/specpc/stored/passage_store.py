@@ -12,6 +12,7 @@ import json
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
@@ -38,6 +39,7 @@ from ..apart import read_blocks
 from ..draft import DraftModel
 from .frame import Frame
 from .guessing import asks_once, guess_stored
+from .late import passages_fit
 from .layout import Layers, Layout, Tier, layout_of, settled_for
 from .moving import can_move
 from .reading import Beginning, read_stored
@@ -70,7 +72,7 @@ class PassageStore:
         vectors: StoredVectors | None = None,
     ) -> None:
         self.shards, self.draft, self.layout, self.frame = shards, draft, layout, frame
-        self.vectors = vectors
+        self.vectors, self.for_guesses = vectors, False
         window, begin = draft.context_window, len(frame.ids)
         self.piece = LONGEST if window is None else min(LONGEST, window - begin - ASKING)
         if self.piece <= 0:
@@ -80,6 +82,7 @@ class PassageStore:
             )
         self._beginning: Beginning | None = None
         self._movable: bool | None = None
+        self._said: dict[int, str] = {}
 
     @classmethod
     def open(
@@ -91,6 +94,7 @@ class PassageStore:
         codec: Codec | None = None,
         layers: Layers | None = None,
         first_layer: int | None = None,
+        for_guesses: bool = False,
         embedder: Embedder | str | Path | None = None,
         limit: int | None = None,
     ) -> PassageStore:
@@ -108,6 +112,9 @@ class PassageStore:
             first_layer: The question sees the passages from this layer on; lower ones are not
                 kept. 0 (of new stores) gives the scores of passages that are read now. For
                 SmolLM2-135M 14 takes a quarter of the bytes (docs/store.md says what it costs).
+            for_guesses: SpecKV's guesses, and those of `Compressor.guess_answer`, are written from
+                the store where it holds all layers and all passages: they cost the question alone,
+                and are worse than those of a draft that reads (docs/results.md).
             embedder: Keeps its vectors of the passages' sentences too (see `SpecPC.embedder`), and
                 is asked by methods with a `semantic_weight` that have none of their own.
             limit: Most bytes on disk, vectors apart; what was not used for longest leaves.
@@ -131,7 +138,9 @@ class PassageStore:
         about = {"format": FORMAT, **_about(reader, frame), **chosen, "heads": _hash(layout.keys)}
         shards = Shards.open(where, about, limit=limit)
         vectors = None if embedder is None else StoredVectors(where, embedder)
-        return cls(shards, reader, layout, frame, vectors)
+        found = cls(shards, reader, layout, frame, vectors)
+        found.for_guesses = for_guesses
+        return found
 
     @property
     def where(self) -> str:
@@ -159,7 +168,9 @@ class PassageStore:
                 "(other weights, or another chat template): open it with that one, or index the "
                 "passages again into a store of its own."
             )
-        return PassageStore(self.shards, draft, self.layout, frame, self.vectors)
+        found = PassageStore(self.shards, draft, self.layout, frame, self.vectors)
+        found.for_guesses = self.for_guesses
+        return found
 
     def embed_with(self, embedder: Embedder | str | Path) -> None:
         """Keep an embedder's sentence vectors too from now on, see `open`.
@@ -295,15 +306,36 @@ class PassageStore:
         if self.vectors is not None and asked is self.vectors.embedder:
             known = self.vectors.known([digest(text) for text in texts], texts)
             embedder.remember(asked, known)
-        tail, model = self.frame.tail(prompt.question), self.draft.model
-        return read_stored(
-            model, self.beginning(), self.layout, entries, tail, tokens, method, texts, self.piece
+        tail, model, begin = self.frame.tail(prompt.question), self.draft.model, self.beginning()
+        late = self.layout.late(model) if method.likelihood_weight else None
+        if late is None or self.layout.reaches_top:
+            return read_stored(
+                model, begin, self.layout, entries, tail, tokens, method, texts, self.piece
+            )
+        ids = [tokens.ids[tokens.passage == index] for index in range(len(texts))]
+        fit = passages_fit(
+            model, late, self.layout, begin, entries, tail, self._words, ids, self.piece
         )
+        method = method.model_copy(update={"likelihood_weight": 0.0})
+        found = read_stored(
+            model, begin, self.layout, entries, tail, tokens, method, texts, self.piece
+        )
+        return replace(found, likelihood=fit)
+
+    def _words(self, ids: torch.Tensor) -> list[str]:
+        """What tokens say, whatever their case, and whether a space stands in front."""
+        numbers = ids.tolist()
+        for number in {*numbers} - self._said.keys():
+            self._said[number] = self.draft.text([number]).strip().casefold()
+        return [self._said[number] for number in numbers]
 
     def guesses(self, prompt: Prompt) -> bool:
-        """Whether `guess` reads nothing but a prompt's question: no conversation and no tools are
-        in it, all of its passages are here, and so is every layer.
+        """Whether the draft's guesses are to come from here, and `guess` reads nothing but a
+        prompt's question: no conversation and no tools are in it, all of its passages are here, and
+        so is every layer.
         """
+        if not self.for_guesses:
+            return False
         names = {digest(passage.text) for passage in prompt.passages if passage.text.strip()}
         asked = bool(names) and self.layout.whole and asks_once(prompt)
         return asked and self.shards.has(list(names)) == names
