@@ -11,9 +11,14 @@ from langchain_core.documents import Document
 from llama_index.core.schema import TextNode
 from torch.nn import functional
 
-from draftsieve import Compressor, Passage, PassageStore
+from draftsieve import Compressor, Passage, PassageStore, Prompt, SpecPC
 from draftsieve.core.errors import ConfigError, PromptError
+from draftsieve.core.models.loading import fingerprint
 from draftsieve.core.specpc.bm25 import bm25
+from draftsieve.core.specpc.head_weights import HeadWeights
+from draftsieve.core.specpc.stored import late_heads as late_heads_module
+from draftsieve.core.specpc.stored import layout as layout_module
+from draftsieve.core.specpc.stored import reading as reading_module
 from draftsieve.core.specpc.stored.late import BEHIND, late_scores, standard
 from draftsieve.core.specpc.stored.late_heads import SHIPPED, LateHeads, late_heads
 from draftsieve.retrievers.langchain import LateInteractionRetriever
@@ -229,3 +234,37 @@ def test_a_real_draft_finds_passages_by_what_they_mean(smollm2: str) -> None:
     assert index.search("At which hour does the boat depart?", 1)[0][0].id == "1"
     assert index.search("Do kids pay for the trip?", 1)[0][0].id == "2"
     assert index.search("When does the gallery open its doors?", 1)[0][0].id == "3"
+
+
+@pytest.mark.parametrize("options", [{"first_layer": 0}, {"tier": "keys"}])
+def test_compression_asks_it_which_passage_where_upper_layers_are_not_stored(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draft = Compressor(tiny_model(32, seed=1, layers=4), tiny_tokenizer(), progress=False)
+    monkeypatch.setitem(late_heads_module._KNOWN, draft.model, HEADS)
+    heads = torch.zeros(4, 4)
+    heads[1, 2] = 1.0
+    weights = HeadWeights(heads, 0.0, fingerprint(draft.model), rows="mean")
+    monkeypatch.setattr(layout_module, "_weights", lambda _: weights)
+    monkeypatch.setattr(reading_module, "head_weights", lambda *_: weights)
+    monkeypatch.setattr(layout_module, "head_weights", lambda *_: weights)
+    monkeypatch.setattr(layout_module, "settled", lambda method, _: method)
+    store = PassageStore.open(":memory:", draft, codec="float16", **options)
+    assert not store.layout.reaches_top
+    method = SpecPC(
+        ratio=0.5,
+        unit="sentence",
+        passages_apart=True,
+        likelihood_weight=0.5,
+        head_weights="any.json",
+    )
+    texts = [*TEXTS, LONG]
+    prompt = Prompt.from_question(QUESTION, texts)
+    asked, note = store.settled(method)
+    assert note is not None
+    assert "late interaction" in note
+    found = store.reading(prompt, draft.encoder.encode(prompt), asked)
+    expected = _index(texts, store).scores(QUESTION)
+    assert found.likelihood is not None
+    torch.testing.assert_close(found.likelihood, expected, rtol=0.01, atol=0.01)
+    assert len(set(found.likelihood.tolist())) == len(texts)

@@ -1,7 +1,7 @@
 """Methods that read passages from a store, each item's passages in a store of its own in memory.
 
-Passages are read once an item, in full layers and float16; other stores of the item are made of
-that one. Seconds are those of the question alone: the passages count as read before.
+Passages are read once an item, in float16; other stores of the item are made of that one. Seconds
+are those of the question alone: the passages count as read before.
 """
 
 from __future__ import annotations
@@ -12,12 +12,15 @@ import torch
 
 from ..compressor import Compressor
 from ..config import SpecPC
+from ..prompt.encoder import PromptTokens
+from ..prompt.messages import Prompt
 from ..specpc.draft import DraftModel
 from ..specpc.stored.layout import layout_of
 from ..specpc.stored.passage_store import PassageStore
 from ..store.codec import decode, encode
 from ..store.entries import Entry
 from ..store.shards import Shards
+from ..types import DraftReading
 from .shared import Case
 from .survival import kept_spans
 from .text_only import Shortened
@@ -28,25 +31,44 @@ EVERY: dict[str, Any] = {"tier": "cache", "codec": "float16", "layers": "all"}
 
 def prepare(case: Case, store: dict[str, Any]) -> None:
     """Read an item's passages into a store with these options of `PassageStore.open`."""
-    key = tuple(sorted(store.items()))
+    key, layers = tuple(sorted(store.items())), store.get("layers", "heads")
     if key not in case.stores:
         draft = case.bench.draft.draft
-        if "whole" not in case.stores:
-            case.stores["whole"] = PassageStore.open(":memory:", draft, **EVERY)
-            case.stores["whole"].add(case.item.passages)
-        layout = layout_of(draft.model, **{**EVERY, "layers": "heads", **store})
-        case.stores[key] = _recoded(case.stores["whole"], layout)
+        if layers not in case.stores:
+            options = {**EVERY, "layers": layers}
+            case.stores[layers] = PassageStore.open(":memory:", draft, **options)
+            case.stores[layers].add(case.item.passages)
+        layout = layout_of(draft.model, **{**EVERY, "layers": layers, **store})
+        case.stores[key] = _recoded(case.stores[layers], layout)
 
 
 def shorten(options: SpecPC, store: dict[str, Any], case: Case, share: float) -> Shortened:
     """What SpecPC keeps with passages from the item's store."""
     prepare(case, store)
+    key = tuple(sorted(store.items()))
     method = options.model_copy(update={"capacity": None, "ratio": share})
     draft = DraftModel(case.bench.draft.model, case.bench.draft.tokenizer, progress=False)
-    draft.encoder, draft.store = case.bench.draft.encoder, case.stores[tuple(sorted(store.items()))]
+    draft.encoder, draft.store = case.bench.draft.encoder, _Once(case.stores[key], case, key)
     shorter, context = Compressor.of(draft).compress_prompt(case.prompt, method)
     kept = kept_spans(context, len(case.item.passages))
     return kept, [passage.text for passage in shorter.passages]
+
+
+class _Once(PassageStore):
+    """A store whose reading of an item is shared by all budgets."""
+
+    def __init__(self, store: PassageStore, case: Case, key: object) -> None:
+        super().__init__(store.shards, store.draft, store.layout, store.frame, store.vectors)
+        self._beginning, self._case, self._key = store.beginning(), case, key
+
+    def reading(
+        self, prompt: Prompt, tokens: PromptTokens, method: SpecPC, remember: bool = False
+    ) -> DraftReading:
+        same = method.model_copy(update={"ratio": 1.0, "embedder": None})
+        found = super().reading
+        return self._case.once(
+            ("stored", self._key, same), lambda: found(prompt, tokens, method, remember)
+        )
 
 
 def _recoded(whole: PassageStore, layout: Any) -> PassageStore:
