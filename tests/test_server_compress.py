@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from draftsieve.core.config import DEFAULT_METHOD
-from draftsieve.core.errors import StoreError
+from draftsieve.core.errors import OutOfMemoryError, StoreError
 from draftsieve.integrations.server.originals import Originals, hash_of
 
 from .adapters_fixtures import QUESTION, TEXTS, tiny_engine
@@ -85,7 +85,7 @@ def test_what_was_sent_once_stays_the_same_bytes(server: Served) -> None:
 
 def test_a_long_conversation_only_grows_at_its_end(server: Served) -> None:
     """Also where long texts are the newest at first, and so have to stay whole."""
-    talk: list[dict[str, Any]] = [{"role": "system", "content": "Be short."}]
+    talk: list[dict[str, Any]] = [{"role": "assistant", "content": "What do you need?"}]
     sent: list[dict[str, Any]] = []
     for turn in range(8):
         text = f"Turn {turn}. {LONG if turn % 2 else OTHER}"
@@ -126,10 +126,36 @@ def test_a_capacity_is_kept_or_refused(server: Served) -> None:
     assert "a capacity of" in answer.json()["error"]["message"]
 
 
-def test_without_a_request_all_stays_whole_and_it_is_said(server: Served) -> None:
-    found = compressed(server, [TALK[3]], ratio=0.4)
-    assert found["messages"] == [TALK[3]]
-    assert found["fallback"].startswith("PromptError")
+def test_a_gateway_that_holds_back_requests_and_answers(server: Served) -> None:
+    """LiteLLM sends only what may be shortened; a request comes once it is not the newest."""
+    one, two, three = (
+        {"role": "tool", "tool_call_id": "a", "content": f"Result {n}. {text}"}
+        for n, text in enumerate((LONG, OTHER, LONG))
+    )
+    request = {"role": "user", "content": "Read the timetables of the ferry."}
+    first = compressed(server, [one])
+    assert first["fallback"] is None
+    assert first["tokens_after"] < 0.7 * first["tokens_before"]
+    assert len(first["ccr_hashes"]) == 1
+    later = compressed(server, [request, one, two])["messages"]
+    assert later[:2] == [request, first["messages"][0]]
+    assert len(later[2]["content"]) < len(two["content"])
+    last = compressed(server, [request, one, two, request, three])["messages"]
+    assert last[:3] == later
+    assert len(last[4]["content"]) < len(three["content"])
+
+
+def test_what_fails_stays_whole_and_it_is_said(
+    server: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise OutOfMemoryError("There is no memory for the draft.")
+
+    monkeypatch.setattr(type(tiny_engine().compressor), "compress_prompt", fails)
+    fresh = [{**TALK[3], "content": f"Once more. {LONG}"}]
+    found = compressed(server, fresh, ratio=0.4)
+    assert found["messages"] == fresh
+    assert found["fallback"].startswith("OutOfMemoryError")
     assert (found["tokens_saved"], found["ccr_hashes"]) == (0, [])
 
 

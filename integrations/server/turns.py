@@ -11,6 +11,7 @@ from ...core.conversation.turns import Keep, ShortTurns, Turn
 from .originals import hash_of
 
 _FIXED = ("system", "developer")
+_NO_REQUEST = "What are the most important facts?"  # gateways may hold the request back
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +32,11 @@ def pieces_of(messages: Sequence[Mapping[str, Any]]) -> list[Piece]:
 
     Args:
         messages: OpenAI's, with content as text or blocks.
+
+    Returns:
+        The texts in their order. LiteLLM holds back assistant messages and the newest request,
+        which comes with the next one: there tool results stand first, so that what a text is
+        remembered by does not change.
     """
     asked, said = (_last(messages, role) for role in ("user", "assistant"))
     cached = max((i for i, m in enumerate(messages) if _marked(m)), default=-1)
@@ -39,15 +45,16 @@ def pieces_of(messages: Sequence[Mapping[str, Any]]) -> list[Piece]:
         fixed = message.get("role") in _FIXED or index in (asked, said) or index <= cached
         keep: Keep = "always" if fixed else "newest" if index > asked else "never"
         found += _pieces(message, index, keep)
+    if said < 0:
+        found.sort(key=lambda piece: _role(messages, piece) != "tool")
     return found
 
 
 def request_of(messages: Sequence[Mapping[str, Any]]) -> str:
-    """Text of the last user message; "" if there is none."""
+    """Text of the last user message; a neutral request if there is none."""
     place = _last(messages, "user")
-    if place < 0:
-        return ""
-    return "\n".join(piece.turn.text for piece in _texts(messages[place], place, "always"))
+    texts = _texts(messages[place], place, "always") if place >= 0 else []
+    return "\n".join(piece.turn.text for piece in texts).strip() or _NO_REQUEST
 
 
 def shortened(
@@ -96,6 +103,10 @@ def _texts(message: Mapping[str, Any], index: int, keep: Keep) -> list[Piece]:
 
 def _turn(text: str, keep: Keep) -> Turn:
     return Turn(text, keep, f"[shortened; the whole text has hash={hash_of(text)}]")
+
+
+def _role(messages: Sequence[Mapping[str, Any]], piece: Piece) -> object:
+    return None if piece.message is None else messages[piece.message].get("role")
 
 
 def _marked(message: Mapping[str, Any]) -> bool:
