@@ -166,8 +166,8 @@ class LateIndex:
                     None
                     if entry is None
                     else passage_vectors(
-                        store.draft.model, self._heads, store.layout, entry, begin, store.piece
-                    ).half()
+                        store.draft.model, self._heads, store.layout, [entry], begin, store.piece
+                    )[0].half()
                 )
         bar.close()
 

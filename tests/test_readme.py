@@ -32,7 +32,7 @@ def _fetched(request: pytest.FixtureRequest) -> None:
 
 
 def test_there_is_something_to_run() -> None:
-    assert len(BLOCKS) == 3  # core, LangChain, LlamaIndex
+    assert len(BLOCKS) == 4  # core, LangChain, LlamaIndex, a store
     assert "quickstart.md" in [page.name for page in GUIDES]
     assert len(COMMANDS) >= 2
 

@@ -49,32 +49,35 @@ def passage_vectors(
     model: PreTrainedModel,
     heads: LateHeads,
     layout: Layout,
-    entry: Entry,
+    entries: Sequence[Entry],
     begin: int,
     piece: int,
-) -> torch.Tensor:
-    """What is compared of a stored passage.
+) -> list[torch.Tensor]:
+    """What is compared of stored passages.
 
     Args:
         model: The draft.
         heads: Which heads.
         layout: Of the store.
-        entry: The passage.
+        entries: The passages.
         begin: Tokens of the beginning, behind which each piece of the passage was read.
         piece: Most tokens of a piece.
 
     Returns:
-        (tokens, heads * width) float32; what is `alike` in front, of length one together.
+        (tokens, heads * width) float32 of each; what is `alike` in front, of length one together.
     """
-    places = places_of(heads, model, layout)
+    places, names = places_of(heads, model, layout), entries[0].tensors if entries else ()
     parts = {
-        name.removeprefix("keys."): part[:, places]
-        for name, part in entry.tensors.items()
+        name.removeprefix("keys."): torch.cat([each.tensors[name][:, places] for each in entries])
+        for name in names
         if name.startswith("keys.")
     }
-    keys = decode(parts, layout.codec, slice(None))
-    positions = begin + torch.arange(entry.rows) % piece
-    return _joined(_unrotated(model, keys, positions), heads, heads.passage_mean)
+    if not parts:
+        return []
+    keys, rows = decode(parts, layout.codec, slice(None)), [each.rows for each in entries]
+    positions = begin + torch.cat([torch.arange(size) % piece for size in rows])
+    found = _joined(_unrotated(model, keys, positions), heads, heads.passage_mean)
+    return list(torch.split(found, rows))
 
 
 def question_vectors(
@@ -92,20 +95,10 @@ def question_vectors(
     Returns:
         (question, heads * width) float32, as `passage_vectors`; queries where heads look.
     """
-    found: dict[tuple[str, int, int], torch.Tensor] = {}
-    wanted = [("key", *place) for place in heads.alike]
-    wanted += [("query", layer, head) for layer, head, _ in heads.looking]
-
-    def keep(call: AttentionCall) -> None:
-        for kind, layer, head in wanted:
-            if layer == call.layer:
-                states = call.key if kind == "key" else call.query
-                found[kind, layer, head] = states[0, head, -len(tail.ids) :].float().cpu()
-
+    states = QuestionStates(heads, tail)
     positions = torch.arange(len(tail.ids)) + beginning.tokens + behind
     seen = beginning.tokens + len(tail.ids)
-    last = max(layer for _, layer, _ in wanted)
-    with torch.no_grad(), observing_until(model, keep, last):
+    with torch.no_grad(), observing_until(model, states, states.last_layer):
         model.get_decoder()(
             input_ids=tail.ids[None].to(model.device),
             attention_mask=torch.ones((1, seen), dtype=torch.int64, device=model.device),
@@ -113,8 +106,41 @@ def question_vectors(
             past_key_values=beginning.cache(model, 1),
             use_cache=True,
         )
-    states = torch.stack([found[place] for place in wanted], 1)[tail.question]
-    return _joined(_unrotated(model, states, positions[tail.question]), heads, heads.question_mean)
+    return states.vectors(model, positions)
+
+
+class QuestionStates:
+    """Attention callback of a pass over a question that keeps what is compared.
+
+    Args:
+        heads: Which heads.
+        tail: The question and what stands around it, the newest rows of the pass.
+    """
+
+    def __init__(self, heads: LateHeads, tail: Tail) -> None:
+        self.heads, self.tail = heads, tail
+        self._wanted = [("key", *place) for place in heads.alike]
+        self._wanted += [("query", layer, head) for layer, head, _ in heads.looking]
+        self._found: dict[tuple[str, int, int], torch.Tensor] = {}
+        self.last_layer = max(layer for _, layer, _ in self._wanted)
+
+    def __call__(self, call: AttentionCall) -> None:
+        for kind, layer, head in self._wanted:
+            if layer == call.layer:
+                states = call.key if kind == "key" else call.query
+                rows = states[0, head, -len(self.tail.ids) :]
+                self._found[kind, layer, head] = rows.float().cpu()
+
+    def vectors(self, model: PreTrainedModel, positions: torch.Tensor) -> torch.Tensor:
+        """(question, heads * width) float32, see `question_vectors`.
+
+        Args:
+            model: The draft.
+            positions: (tail,) of the pass.
+        """
+        asked, heads = self.tail.question, self.heads
+        states = torch.stack([self._found[place] for place in self._wanted], 1)[asked]
+        return _joined(_unrotated(model, states, positions[asked]), heads, heads.question_mean)
 
 
 def best_matches(heads: LateHeads, asked: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
@@ -141,6 +167,7 @@ def passages_fit(
     beginning: Beginning,
     entries: Sequence[Entry | None],
     tail: Tail,
+    asked: torch.Tensor,
     words: Callable[[torch.Tensor], list[str]],
     ids: Sequence[torch.Tensor],
     piece: int,
@@ -154,6 +181,7 @@ def passages_fit(
         beginning: What the draft makes of the fixed beginning.
         entries: What is stored of each passage; None for those without tokens.
         tail: The question and what stands around it.
+        asked: What `question_vectors` gives.
         words: What tokens say, case folded.
         ids: (tokens,) int64 of each passage.
         piece: Most tokens of a piece of a passage.
@@ -165,11 +193,10 @@ def passages_fit(
     full = [(at, entry) for at, entry in enumerate(entries) if entry is not None]
     if not full:
         return found
-    begin = beginning.tokens
-    vectors = [passage_vectors(model, heads, layout, each, begin, piece) for _, each in full]
+    stored = [entry for _, entry in full]
+    vectors = passage_vectors(model, heads, layout, stored, beginning.tokens, piece)
     longest = max(map(len, vectors))
     tokens = torch.stack([filled(own, longest) for own in vectors]).permute(2, 0, 1)
-    asked = question_vectors(model, heads, beginning, tail, min(BEHIND, piece))
     held = Counter(word for at, _ in full for word in set(words(ids[at])))
     said = [held[word] for word in words(tail.ids[tail.question])]
     scores = late_scores(heads, best_matches(heads, asked, tokens), rarity(said, len(full)))

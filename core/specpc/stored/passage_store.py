@@ -37,12 +37,13 @@ from ...store.shards import Shards, ShardStats
 from ...types import DraftReading, Passage
 from ..apart import read_blocks
 from ..draft import DraftModel
+from ..head_weights import head_weights
 from .frame import Frame
 from .guessing import asks_once, guess_stored
-from .late import passages_fit
+from .late import BEHIND, QuestionStates, passages_fit, question_vectors
 from .layout import Layers, Layout, Tier, layout_of, settled_for
 from .moving import can_move
-from .reading import Beginning, read_stored
+from .reading import Beginning, read_stored, stands_at
 from .vectors import PROBE, StoredVectors, has_vectors, vectors_in
 
 logger = logging.getLogger(__name__)
@@ -313,12 +314,19 @@ class PassageStore:
                 model, begin, self.layout, entries, tail, tokens, method, texts, self.piece
             )
         ids = [tokens.ids[tokens.passage == index] for index in range(len(texts))]
-        fit = passages_fit(
-            model, late, self.layout, begin, entries, tail, self._words, ids, self.piece
-        )
-        method = method.model_copy(update={"likelihood_weight": 0.0})
+        method, layout = method.model_copy(update={"likelihood_weight": 0.0}), self.layout
+        states, source = QuestionStates(late, tail), method.head_weights
+        read = 0 if source is None else head_weights(model, source).last_layer
+        alone = not layout.values and read >= states.last_layer  # the pass sees no passages
         found = read_stored(
-            model, begin, self.layout, entries, tail, tokens, method, texts, self.piece
+            model, begin, layout, entries, tail, tokens, method, texts, self.piece, states
+        )
+        if alone:
+            asked = states.vectors(model, stands_at(begin, entries, tail, self.piece))
+        else:
+            asked = question_vectors(model, late, begin, tail, min(BEHIND, self.piece))
+        fit = passages_fit(
+            model, late, layout, begin, entries, tail, asked, self._words, ids, self.piece
         )
         return replace(found, likelihood=fit)
 

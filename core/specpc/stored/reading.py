@@ -18,6 +18,7 @@ from ...config import SpecPC
 from ...kv_cache.layers import StoppableCache
 from ...models.attention_capture import (
     AttentionCall,
+    AttentionCallback,
     attention_output,
     attention_probabilities,
     observing,
@@ -86,6 +87,7 @@ def read_stored(
     method: SpecPC,
     texts: Sequence[str],
     piece: int,
+    also: AttentionCallback | None = None,
 ) -> DraftReading:
     """Score a prompt's tokens by a question over its stored passages.
 
@@ -99,6 +101,7 @@ def read_stored(
         method: Reduction or weights of heads, window and weighting; passages are read apart.
         texts: Of the passages.
         piece: Most tokens of a passage that were read at once.
+        also: Sees the attention of the question's pass, for looking only.
     """
     stored, source = joined(entries), method.head_weights
     heads = None if source is None else head_weights(model, source)
@@ -109,8 +112,8 @@ def read_stored(
     first = 0 if heads else starting_layer(model, method)
     rows = Rows(seen, weights.to(model.device), method, first, heads)
     last = layout.last_layer if heads is None else heads.last_layer
-    longest = min(piece, max(stored.lengths, default=0))
-    ask(model, beginning, layout, stored, tail, rows, last, longest)
+    positions = stands_at(beginning, entries, tail, piece)
+    ask(model, beginning, layout, stored, tail, rows, last, positions, also)
     scores = rows.scores()[0].cpu()[beginning.tokens :]
     scores = scores if heads is None else heads.scores(scores)
     found, likely = _spread(scores, entries, tokens), None
@@ -132,7 +135,8 @@ def ask(
     tail: Tail,
     rows: Rows,
     last: int,
-    longest: int,
+    positions: torch.Tensor,
+    also: AttentionCallback | None = None,
 ) -> None:
     """Read a question that sees all passages, up to the last layer that counts.
 
@@ -144,12 +148,26 @@ def ask(
         tail: The question and what stands around it.
         rows: Takes the attention of the newest rows over beginning, passages and tail.
         last: Index of the last layer that is wanted.
-        longest: Tokens of the longest passage, behind which the question stands.
+        positions: (tail,) int64 where it stands.
+        also: Sees the attention too, for looking only.
     """
     between = _Between(layout, [stored], beginning.tokens, rows)
-    positions = torch.arange(len(tail.ids))[None] + beginning.tokens + longest
-    with torch.no_grad(), observing_until(model, between, last):
-        model.get_decoder()(**_inputs(model, beginning, tail, positions))
+
+    def watch(call: AttentionCall) -> torch.Tensor | None:
+        if also is not None:
+            also(call)
+        return between(call)
+
+    with torch.no_grad(), observing_until(model, watch, last):
+        model.get_decoder()(**_inputs(model, beginning, tail, positions[None]))
+
+
+def stands_at(
+    beginning: Beginning, entries: Sequence[Entry | None], tail: Tail, piece: int
+) -> torch.Tensor:
+    """(tail,) int64: the positions of what follows passages, behind the longest of them."""
+    longest = max((entry.rows for entry in entries if entry is not None), default=0)
+    return torch.arange(len(tail.ids)) + beginning.tokens + min(piece, longest)
 
 
 def likelihoods(
