@@ -161,7 +161,7 @@ def scale(draft: Compressor, options: argparse.Namespace, folder: Path) -> None:
     print(
         f"\n{stats.entries:,} passages, {stats.rows:,} tokens, {stats.bytes / 1e9:.2f} GB, filled "
     )
-    print(f"in {filled:.0f} s with random numbers")
+    print(f"in {filled:.0f} s with made-up numbers")
     began = time.perf_counter()
     store = PassageStore.open(folder, draft)
     print(f"open: {1000 * (time.perf_counter() - began):.0f} ms")
