@@ -16,7 +16,7 @@ import pytest
 from .served import wait_for
 
 PAGE = (Path(__file__).parents[1] / "docs" / "server.md").read_text(encoding="utf-8")
-START, CURL = re.findall(r"```sh\n(.*?)```", PAGE, flags=re.DOTALL)
+START, CURL, PROXY = re.findall(r"```sh\n(.*?)```", PAGE, flags=re.DOTALL)
 (CLIENT,) = re.findall(r"```py\n(.*?)```", PAGE, flags=re.DOTALL)
 COMMAND = f'draftsieve() {{ "{sys.executable}" -W error -m draftsieve "$@"; }}\n'
 
@@ -63,3 +63,13 @@ def test_the_start_runs_as_written(smollm2: str) -> None:
             assert "passage" in spans
         finally:
             os.killpg(server.pid, 9)
+
+
+def test_the_proxy_of_the_page_is_one() -> None:
+    done = subprocess.run(
+        ["bash", "-ec", COMMAND + PROXY.strip() + " --print-config"],
+        capture_output=True, text=True, timeout=200, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert 'upstream = "http://localhost:8080"' in done.stdout
+    assert "ratio = 0.3" in done.stdout
