@@ -164,7 +164,7 @@ def test_what_is_stored_is_not_read_again(monkeypatch: pytest.MonkeyPatch) -> No
     def fail(*_: object) -> None:
         raise AssertionError("the draft reads again")
 
-    monkeypatch.setattr("draftsieve.core.specpc.stored.passage_store.read_blocks", fail)
+    monkeypatch.setattr("draftsieve.core.specpc.stored.indexing.read_blocks", fail)
     assert torch.equal(_index(TEXTS, store).scores(QUESTION), first)
 
 

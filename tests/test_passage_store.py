@@ -13,8 +13,8 @@ from draftsieve.core.errors import ConfigError, ModelError, RequestTimeoutError,
 from draftsieve.core.models.loading import fingerprint
 from draftsieve.core.specpc.draft_scores import NO_GUESS, read_scores
 from draftsieve.core.specpc.head_weights import HeadWeights
+from draftsieve.core.specpc.stored.indexing import digest
 from draftsieve.core.specpc.stored.layout import Layout
-from draftsieve.core.specpc.stored.passage_store import digest
 from draftsieve.core.store.codec import Codec, decode, encode
 from draftsieve.core.types import DraftReading
 

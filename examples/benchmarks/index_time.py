@@ -28,7 +28,7 @@ import torch
 from draftsieve import Compressor, PassageStore, SpecPC
 from draftsieve.core.models.embedder import cosines, load_embedder
 from draftsieve.core.specpc.bm25 import bm25
-from draftsieve.core.specpc.stored.passage_store import digest
+from draftsieve.core.specpc.stored.indexing import digest
 from draftsieve.core.specpc.units import unit_spans
 from draftsieve.core.store.entries import Entry
 
@@ -231,7 +231,7 @@ def look_up(folder: Path, about: dict[str, Any], count: int, seed: int, found: A
 
 def made_up(store: PassageStore, first: int, count: int) -> Iterator[Entry]:
     """Entries of the store's form whose first number tells which they are."""
-    entry = next(iter(store._read([f"{' '.join(WORDS)}. {first}"])))
+    entry = next(iter(store.read([f"{' '.join(WORDS)}. {first}"])))
     for number in range(first, first + count):
         tensors = {key: value.clone() for key, value in entry.tensors.items()}
         next(iter(sorted(tensors.items())))[1].flatten()[0] = number % 100

@@ -37,7 +37,8 @@ from draftsieve.core.models.loading import load_model
 from draftsieve.core.prompt.messages import DEFAULT_SYSTEM
 from draftsieve.core.speckv.evict import evict, token_capacity
 from draftsieve.core.specpc.stored.guessing import working_cache
-from draftsieve.core.specpc.stored.passage_store import PassageStore, digest
+from draftsieve.core.specpc.stored.indexing import digest
+from draftsieve.core.specpc.stored.passage_store import PassageStore
 from draftsieve.core.specpc.stored.reading import joined
 
 INT8 = {"codec": "int8", "layers": "all"}

@@ -143,7 +143,7 @@ def update(arguments: argparse.Namespace) -> None:
 
 def stats(arguments: argparse.Namespace) -> None:
     """What a store holds, and how much of the folders."""
-    from ...core.specpc.stored.passage_store import digest
+    from ...core.specpc.stored.indexing import digest
     from ...core.specpc.stored.vectors import vectors_in
     from ...core.store.shards import Shards
 

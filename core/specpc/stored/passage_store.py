@@ -19,27 +19,25 @@ from typing import Any, Protocol
 
 import torch
 from tqdm import tqdm
-from transformers import DynamicCache
 
 from ...config import SpecPC
 from ...errors import ModelError, StoreError
 from ...kv_cache.layers import StoppableCache, full_states
-from ...kv_cache.prefill import passes_of
 from ...models import embedder
 from ...models.embedder import Embedder
 from ...models.footprint import explain_out_of_memory
 from ...models.loading import fingerprint
 from ...prompt.encoder import PromptTokens
 from ...prompt.messages import Prompt
-from ...store.codec import Codec, encode
+from ...store.codec import Codec
 from ...store.entries import Entry
 from ...store.shards import Shards, ShardStats
 from ...types import DraftReading, Passage
-from ..apart import read_blocks
 from ..draft import DraftModel
 from ..head_weights import head_weights
 from .frame import Frame
 from .guessing import asks_once, guess_stored
+from .indexing import digest, read_passages
 from .late import BEHIND, QuestionStates, passages_fit, question_vectors
 from .layout import Layers, Layout, Tier, layout_of, settled_for
 from .moving import can_move
@@ -207,7 +205,7 @@ class PassageStore:
                 unknown = [text for text in texts if digest(text) not in known]
                 doing = f"{len(unknown)} passages were read for a store"
                 with explain_out_of_memory(doing, draft=self.draft.model):
-                    new += self.shards.put(self._read(unknown))
+                    new += self.shards.put(self.read(unknown))
                 if self.vectors is not None:
                     self.vectors.add([digest(text) for text in texts], list(texts))
                 bar.update(len(some))
@@ -389,6 +387,11 @@ class PassageStore:
             self._movable = can_move(self.draft.model, self.frame.ids, self.beginning())
         return self._movable
 
+    def read(self, texts: Sequence[str]) -> Iterator[Entry]:
+        """What the draft makes of texts now, see `read_passages`; nothing is kept."""
+        begin = self.beginning()
+        return read_passages(self.draft.model, begin, self.layout, self.frame, texts, self.piece)
+
     def entries(self, texts: Sequence[str], remember: bool) -> list[Entry | None]:
         """What is stored of each text, or read now; None for those without tokens.
 
@@ -399,7 +402,7 @@ class PassageStore:
         names = [digest(text) for text in texts]
         known = self.shards.get(list(dict.fromkeys(names)))
         missing = {n: t for n, t in zip(names, texts, strict=True) if n not in known}
-        fresh = {entry.key: entry for entry in self._read(list(missing.values()))}
+        fresh = {entry.key: entry for entry in self.read(list(missing.values()))}
         if remember and fresh:
             try:
                 self.shards.put(fresh.values())
@@ -408,47 +411,6 @@ class PassageStore:
             except StoreError as error:  # the question can be answered all the same
                 logger.warning("%d passages were read, but not stored: %s", len(fresh), error)
         return [known.get(name) or fresh.get(name) for name in names]
-
-    def _read(self, texts: Sequence[str]) -> Iterator[Entry]:
-        """Read texts apart; those without tokens have no entry."""
-        model, begin = self.draft.model, self.beginning()
-        framed = {text: self.frame.passage(text) for text in texts}
-        pieces = [
-            (text, piece)
-            for text, (ids, _) in framed.items()
-            for piece in (torch.split(ids, self.piece) if len(ids) else ())
-        ]
-        done: dict[str, list[dict[str, torch.Tensor]]] = {}
-        stop = self.layout.last_layer
-        last = stop if stop < len(begin.states) - 1 else None
-        prefix = begin.cache(model, 1)
-        for rows in passes_of(model, [len(ids) for _, ids in pieces]):
-            ids = torch.cat([pieces[row][1] for row in rows]).to(model.device)
-            ends = torch.tensor([len(pieces[row][1]) for row in rows]).cumsum(0).tolist()
-            blocks = list(zip([0, *ends[:-1]], ends, strict=True))
-            caches, _ = read_blocks(model, ids, blocks, prefix, begin.tokens, last, None)
-            for row, cache in sorted(zip(rows, caches, strict=True), key=lambda each: each[0]):
-                text, (_, bounds) = pieces[row][0], framed[pieces[row][0]]
-                own = done.setdefault(text, [])
-                own.append(self._packed(cache))
-                if len(own) * self.piece >= len(bounds):
-                    parts = {n: torch.cat([each[n] for each in own]) for n in own[0]}
-                    yield Entry(digest(text), len(bounds), {"bounds": bounds, **parts})
-                    del done[text]
-
-    def _packed(self, cache: DynamicCache) -> dict[str, torch.Tensor]:
-        """One piece as the codec packs it."""
-        states = full_states(cache)
-        found: dict[str, torch.Tensor] = {}
-        for kind, places, which in (
-            ("keys", self.layout.keys, 0),
-            ("values", self.layout.values, 1),
-        ):
-            if places:
-                picked = torch.stack([states[layer][which][0, head] for layer, head in places], 1)
-                packed = encode(picked.cpu(), self.layout.codec)
-                found |= {f"{kind}.{name}": part for name, part in packed.items()}
-        return found
 
 
 def store_of(store: PassageStore | str | Path, draft: DraftModel) -> PassageStore:
@@ -469,11 +431,6 @@ def _about(draft: DraftModel, frame: Frame) -> dict[str, str]:
 
 def _hash(value: object) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
-
-
-def digest(text: str) -> str:
-    """The name of a passage: the SHA-256 of its text."""
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def _is_digest(name: str) -> bool:
